@@ -1,0 +1,86 @@
+"""Files that are either whole or absent: written to a temporary name, synced, renamed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from common.errors import UserError
+
+
+def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
+    """Call `write(file)` on a temporary sibling of `path`, sync it and rename it to `path`.
+
+    The temporary file is removed when writing fails, so the old `path` survives a full disk.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
+    """Write arrays as a compressed npz, atomically; equal arrays give equal bytes (numpy dates members 1980)."""
+    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file. Raises UserError naming the file and the place when it is missing or malformed."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, a JSON file was expected") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def digest(*parts: Any) -> str:
+    """A 16-hex-digit SHA-256 of JSON-able values, bytes and strings: the keys and fingerprints of this project."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        sha.update(len(data).to_bytes(8, "little") + data)
+    return sha.hexdigest()[:16]
+
+
+def file_digest(path: Path | str) -> str:
+    """A 16-hex-digit SHA-256 of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def make_folder(path: Path | str) -> Path:
+    """Create an output folder and prove that it can be written to. Raises UserError when it cannot."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}); choose another output folder") from None
+    return path
