@@ -1,0 +1,120 @@
+"""The three kinds of data set every task works on: plain arrays and paths, no decoded pixels."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import digest
+
+PER_IMAGE = ("ids", "paths", "labels", "boxes", "sizes", "difficult", "captions")
+
+
+def hash_order(ids: Sequence) -> np.ndarray:
+    """A fixed shuffle: int64 (n,) indices in the order of the SHA-256 of each id.
+
+    It depends on nothing but the ids: not on numpy's version, and the first 10 are among the first 20.
+    """
+    return np.array(
+        sorted(range(len(ids)), key=lambda i: hashlib.sha256(str(ids[i]).encode()).digest()), np.int64
+    )
+
+
+class _Indexed:
+    """What the three sets share: a length, parts by index, and `--limit`."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Self:
+        """The set made of the images at `indices`, in that order, with a fingerprint of its own."""
+        indices = np.asarray(indices, np.int64)
+        part = {}
+        for name in (f.name for f in fields(self) if f.name in PER_IMAGE):
+            value = getattr(self, name)
+            if value is not None:
+                part[name] = value[indices] if isinstance(value, np.ndarray) else [value[i] for i in indices]
+        return replace(
+            self, **part, fingerprint=digest(self.fingerprint, "take", [str(i) for i in part["ids"]])
+        )
+
+    def subset(self, limit: int | None) -> Self:
+        """The first `limit` images of a fixed shuffle (so classes are mixed), in the set's own order.
+
+        `None`, or a limit that is not smaller than the set, gives the set itself. The limit is part of the
+        fingerprint. Raises UserError when it is below 1.
+        """
+        if limit is None or limit >= len(self):
+            return self
+        if limit < 1:
+            raise UserError(f"--limit {limit}: at least 1 image is needed")
+        part = self.take(np.sort(hash_order(self.ids)[:limit]))
+        return replace(part, fingerprint=digest(self.fingerprint, "limit", limit))
+
+    def without(self, bad: Sequence[int]) -> Self:
+        """The set without the images at the indices `bad`, which are counted in `skipped` and in the report."""
+        if not len(bad):
+            return self
+        gone = [str(self.ids[i]) for i in bad]
+        part = self.take(np.setdiff1d(np.arange(len(self)), bad))
+        line = f"{len(gone)} × unreadable image: left out (first: {self.paths[bad[0]]})"
+        return replace(part, report=[*self.report, line], skipped=[*self.skipped, *gone])
+
+
+@dataclass
+class ImageSet(_Indexed):
+    """Images with one class each and, for localisation, boxes.
+
+    `labels`: int64 (n,) indices into `classes`. `boxes`: None, or one float64 (k, 4) array an image with
+    x0, y0, x1, y1 as shares of the width and height of the upright (EXIF-rotated) image.
+    """
+
+    name: str
+    classes: list[str]
+    ids: list[str]
+    paths: list[Path]
+    labels: np.ndarray
+    boxes: list[np.ndarray] | None = None
+    fingerprint: str = ""
+    report: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DetectionSet(_Indexed):
+    """Images with labelled boxes.
+
+    `sizes`: int64 (n, 2) width, height of the frame the boxes live in (read an image with
+    `read_rgb(path, frame=sizes[i])`). `boxes`: one float32 (k, 4) array an image, x0, y0, x1, y1 in pixels,
+    continuous and half-open: a box that covers the whole image is 0, 0, width, height. `labels`: one int64
+    (k,) array an image, indices into `classes` (no background class). `difficult`: one bool (k,) array.
+    """
+
+    name: str
+    classes: list[str]
+    ids: list[str]
+    paths: list[Path]
+    sizes: np.ndarray
+    boxes: list[np.ndarray]
+    labels: list[np.ndarray]
+    difficult: list[np.ndarray]
+    fingerprint: str = ""
+    report: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CaptionSet(_Indexed):
+    """Images with one or more sentences each. `ids` are the integers of the COCO file."""
+
+    name: str
+    ids: list[int]
+    paths: list[Path]
+    captions: list[list[str]]
+    fingerprint: str = ""
+    report: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
