@@ -1,0 +1,85 @@
+"""Where and in which arithmetic a run computes; which process of how many this is."""
+
+import os
+import platform
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from common.errors import UserError
+from common.recipe import Recipe
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or a GPU when there is one; under torchrun joins the process group (nccl or gloo).
+
+    Raises UserError when the named device is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: not on this machine ({torch.cuda.device_count()} GPUs)")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that predicts, scores and writes."""
+    return rank() == 0
+
+
+def resolve_precision(recipe: Recipe, device: torch.device) -> str:
+    """`auto` → bf16 where the hardware multiplies it natively, else fp32."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    probes = (getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("avx512_bf16", "amx_tile"))
+    return "bf16" if any(probe is not None and probe() for probe in probes) else "fp32"
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager:
+    """The recipe's arithmetic as a context, for training and prediction alike."""
+    precision = resolve_precision(recipe, device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move tensors in nested lists, tuples and dicts to `device`, without waiting for the copies."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Names of what computed: device, threads."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "processes": world()}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"device": name, "threads": torch.get_num_threads(), "processes": world()}
