@@ -1,0 +1,60 @@
+"""The cache folder: results that depend on files alone, kept under a key made of those files' state."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import digest, read_json, write_json
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder below `$BACKBENCH_CACHE` (default `~/.cache/backbench`), created. UserError when it cannot be."""
+    root = Path(os.environ.get("BACKBENCH_CACHE") or "~/.cache/backbench").expanduser()
+    folder = root.joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder}: cannot make the cache folder ({reason}); set BACKBENCH_CACHE") from None
+    return folder
+
+
+def files_state(paths: Sequence[Path]) -> str:
+    """A key of the files' paths, sizes and modification times. UserError naming the first absent file."""
+    sha = sha256()
+    for path in paths:
+        try:
+            stat = os.stat(path)  # noqa: PTH116 - Path.stat costs twice as much on a million files
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        sha.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return sha.hexdigest()[:32]
+
+
+def remember(what: str, paths: Sequence[Path], compute: Callable[[], Any]) -> Any:
+    """`compute()`, a JSON-able value of the files `paths`, or its earlier value when none of them changed.
+
+    `what` names the computation and its version. A file changes when its size or modification time does.
+    """
+    path = cache_folder("memo") / f"{digest(what, files_state(paths))}.json"
+    if path.exists():
+        return read_json(path)
+    value = compute()
+    write_json(path, value)
+    return value
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file beside `path`: of several processes one computes, the others wait and find it done.
+
+    The system frees the lock when its holder dies.
+    """
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

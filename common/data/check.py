@@ -1,0 +1,63 @@
+"""Are the images readable? Answered from the header and the last bytes, before a run starts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from common.data.cache import remember
+from common.data.decode import IMAGE_ERRORS, threaded
+from common.errors import UserError
+
+# a JPEG ends with EOI, a PNG with IEND; a few cameras and editors append bytes, so the tail is searched
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+TAIL = 64
+
+
+def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
+    """The indices of images that cannot be read: absent, empty, no image, or cut short.
+
+    Without `skip_bad` the first of them raises UserError, with their count. Only an image whose tail lacks its
+    format's end mark (and formats without one) is decoded. Memoised by path, size and modification time.
+    """
+    absent = [i for i, path in enumerate(paths) if not Path(path).is_file()]
+    present = [i for i in range(len(paths)) if i not in set(absent)]
+    files = [paths[i] for i in present]
+    faults = [(i, "no such file") for i in absent]
+
+    def compute() -> list[list]:
+        found = threaded(_fault, files, desc="checking images")
+        return [[k, fault] for k, fault in enumerate(found) if fault]
+
+    if files:
+        faults += [(present[k], fault) for k, fault in remember("check 1", files, compute)]
+    faults.sort()
+    if faults and not skip_bad:
+        i, fault = faults[0]
+        raise UserError(
+            f"{paths[i]}: {fault} ({len(faults)} of {len(paths)} images cannot be read); "
+            "repair or remove them, or pass --skip-bad to leave them out"
+        )
+    return [i for i, _ in faults]
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size == 0:
+                return "is empty (0 bytes)"
+            file.seek(max(0, size - TAIL))
+            tail = file.read()
+            file.seek(0)
+            with Image.open(file) as image:
+                if 0 in image.size:
+                    return "has no pixels"
+                end = ENDS.get(image.format)
+                if end is None or end not in tail:
+                    image.load()
+    except Image.UnidentifiedImageError:
+        return "is not an image"
+    except IMAGE_ERRORS as error:
+        return f"is cut short or damaged ({error})"
+    return None

@@ -1,0 +1,197 @@
+"""Images to arrays: one way to decode, a few to resize, and a cache for sets that fit into memory."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from common.data.cache import cache_folder, files_state, locked, remember
+from common.errors import UserError
+from common.files import digest, write_atomic
+from common.progress import progress
+
+# what Pillow raises for files that are no image, cut short, or absurd
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
+BACKENDS = ("pil", "cv2_area", "cv2_linear")
+
+
+def read_rgb(path: Path | str, frame: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """Decode an image to uint8 (H, W, 3) RGB.
+
+    Grey, palette and CMYK become RGB; transparency is laid on black; 16-bit grey is scaled by 255/65535 (of
+    16-bit colour Pillow keeps the high byte). The EXIF rotation is applied, unless `frame`, the (width, height)
+    in which boxes were drawn, is the stored size: then the boxes belong to the stored pixels.
+    Raises UserError naming the file when it cannot be decoded or fits neither way into `frame`.
+    """
+    try:
+        with Image.open(path) as image:
+            stored, orientation = image.size, exif_orientation(image)
+            turned = stored[::-1] if orientation >= 5 else stored
+            wanted = turned if frame is None else tuple(int(side) for side in frame)
+            if wanted not in (stored, turned):
+                raise UserError(
+                    f"{path}: is {stored[0]} × {stored[1]}, its boxes are for {wanted[0]} × {wanted[1]}; "
+                    "has the file changed?"
+                )
+            image.load()
+            if orientation != 1 and (frame is None or wanted != stored):
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(image, path)
+    except IMAGE_ERRORS as error:
+        raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from None
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """EXIF orientation 1–8 of an opened image, from its header alone (1: none, or turned by Pillow itself)."""
+    if image.format not in ("JPEG", "MPO") and "exif" not in image.info:
+        return 1
+    orientation = image.getexif().get(0x0112, 1)
+    return orientation if orientation in range(2, 9) else 1
+
+
+def _to_rgb(image: Image.Image, path: Path | str) -> np.ndarray:
+    if image.mode.startswith("I"):  # I;16 and its kin, or I for 16-bit PNG in older Pillow
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        grey = ((grey * 255 + 32767) // 65535).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise UserError(f"{path}: floating-point pixels have no fixed range; convert it to 8 bits")
+    if image.mode in ALPHA or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def resize(image: np.ndarray, size: tuple[int, int], backend: str = "pil") -> np.ndarray:
+    """Resize uint8 (H, W, 3) to `size` = (width, height).
+
+    Backends, recorded by name because they move accuracy by up to a point: `pil` antialiased bilinear (as
+    torchvision on PIL images), `cv2_area` area when shrinking and linear when enlarging, `cv2_linear` without
+    antialiasing.
+    """
+    height, width = image.shape[:2]
+    if (width, height) == tuple(size):
+        return image
+    if backend == "pil":
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    if backend not in BACKENDS:
+        raise UserError(f"resize backend '{backend}': known are {', '.join(BACKENDS)}")
+    import cv2
+
+    shrinks = size[0] <= width and size[1] <= height
+    area = backend == "cv2_area" and shrinks
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+
+
+def resize_short(image: np.ndarray, side: int, backend: str = "pil") -> np.ndarray:
+    """Resize so that the shorter side is `side`; the longer is rounded down, as torchvision's `Resize` does."""
+    height, width = image.shape[:2]
+    if width <= height:
+        return resize(image, (side, int(side * height / width)), backend)
+    return resize(image, (int(side * width / height), side), backend)
+
+
+def centre_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The central (width, height) part of an image at least that large; rounds as torchvision's `CenterCrop`."""
+    width, height = size
+    top = round((image.shape[0] - height) / 2)
+    left = round((image.shape[1] - width) / 2)
+    return image[top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A deterministic transform to `width` × `height`, with a name that says all of it.
+
+    `short=None` squashes the whole image; otherwise the shorter side is made `short` and the centre is kept.
+    """
+
+    width: int
+    height: int
+    short: int | None = None
+    backend: str = "pil"
+
+    @property
+    def name(self) -> str:
+        how = "squash" if self.short is None else f"short{self.short}-centre"
+        return f"{how}-{self.width}x{self.height}-{self.backend}"
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        size = (self.width, self.height)
+        if self.short is None:
+            return resize(image, size, self.backend)
+        return centre_crop(resize_short(image, self.short, self.backend), size)
+
+
+def decode_all(
+    paths: Sequence[Path], transform: Callable[[np.ndarray], np.ndarray], workers: int | None = None
+) -> np.ndarray:
+    """All images decoded and transformed: uint8 (n, H, W, 3), memory-mapped and read-only.
+
+    Kept in the cache folder under the files' state, `transform.name` and Pillow's version, so it is done once;
+    of several processes one decodes. `transform` maps uint8 (h, w, 3) to one fixed shape; see `Fit`.
+    Raises UserError for an image that cannot be decoded and for a full disk.
+    """
+    if not paths:
+        raise UserError("no image to decode")
+    key = digest("decoded 1", files_state(paths), transform.name, PIL.__version__)
+    target = cache_folder("decoded") / f"{key}.npy"
+    with locked(target):
+        if not target.exists():
+            for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed run
+                leftover.unlink()
+            try:
+                write_atomic(target, lambda file: _decode_into(file, paths, transform, workers))
+            except OSError as error:
+                raise UserError(
+                    f"{target.parent}: cannot write the decoded images ({error.strerror}); "
+                    "free some space or set BACKBENCH_CACHE"
+                ) from None
+    return np.load(target, mmap_mode="r")
+
+
+def _decode_into(file: BinaryIO, paths: Sequence[Path], transform: Callable, workers: int | None) -> None:
+    first = transform(read_rgb(paths[0]))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *first.shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+    workers = workers or os.cpu_count() or 1
+    block = 64 * workers
+    with ThreadPoolExecutor(workers) as pool, progress(desc="decoding", total=len(paths), unit="img") as bar:
+        for start in range(0, len(paths), block):  # in blocks, or the pool would run ahead into memory
+            for image in pool.map(lambda path: transform(read_rgb(path)), paths[start : start + block]):
+                if image.shape != first.shape or image.dtype != np.uint8:
+                    raise ValueError(
+                        f"{transform.name} gave {image.shape} {image.dtype}, expected {first.shape}"
+                    )
+                file.write(image.tobytes())
+                bar.update()
+
+
+def read_headers(paths: Sequence[Path]) -> np.ndarray:
+    """int64 (n, 3): stored width, height and EXIF orientation of each image; 0, 0, 0 when unreadable. Memoised."""
+
+    def compute() -> list[Any]:
+        return threaded(_header, paths, desc="reading image sizes")
+
+    return np.array(remember("headers 1", paths, compute), np.int64).reshape(-1, 3)
+
+
+def _header(path: Path) -> list[int]:
+    try:
+        with Image.open(path) as image:
+            return [*image.size, exif_orientation(image)]
+    except IMAGE_ERRORS:
+        return [0, 0, 0]
+
+
+def threaded(function: Callable[[Path], Any], paths: Sequence[Path], desc: str) -> list[Any]:
+    """`function` of each path, in order, by threads, with a progress bar once it takes over two seconds."""
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        return list(progress(pool.map(function, paths), desc=desc, total=len(paths), unit="img", delay=2))

@@ -1,0 +1,194 @@
+"""Image folders: DIR/train/<class>/image and DIR/val/<class>/image, with boxes from a list if there is one."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common.data.boxes import read_box_csv
+from common.data.fingerprint import content_digest, fingerprint
+from common.data.layout import EXTENSIONS, Report, found, need_folder, short_name
+from common.data.spec import DataSpec
+from common.data.types import ImageSet
+from common.errors import UserError
+
+LAYOUT = "DIR/train/<class>/<image> and DIR/val/<class>/<image>"
+
+
+def read_folder(spec: DataSpec, localise: bool = False) -> tuple[ImageSet, ImageSet]:
+    """Read `folder:DIR[,train=][,val=][,boxes=FILE][,boxes_split=val|all][,exclude_boxed=1]` as (train, test).
+
+    Classes are the sorted folder names under train/. To classify, the test set is all of val/. With `localise`
+    it is the images that have boxes: those of val/ (`boxes_split=val`, the default where there are any) or of
+    both folders (`all`). An image both in training and scored is refused. `exclude_boxed=1` takes the boxed
+    images of train/ out of training (pretrain with it too), and makes `all` the default.
+    """
+    root = need_folder(spec.path, LAYOUT)
+    parts = {part: spec.options.get(part, part) for part in ("train", "val")}
+    for part, folder in parts.items():
+        if not (root / folder).is_dir():
+            raise UserError(
+                f"{root}: has no {folder}/ folder ({found(root)}); expected {LAYOUT}, or name it with {part}="
+            )
+    reports = {"train": Report(), "val": Report()}
+    classes = _class_names(root / parts["train"], reports["train"])
+    train = _read_part(root, parts["train"], classes, spec, reports["train"])
+    unknown = set(_class_names(root / parts["val"], reports["val"])) - set(classes)
+    if unknown:
+        first = sorted(unknown)[0]
+        raise UserError(
+            f"{root / parts['val'] / first}: class '{first}' is not among the {len(classes)} classes of "
+            f"{root / parts['train']} ({', '.join(classes[:8])}{', …' if len(classes) > 8 else ''})"
+        )
+    test = _read_part(root, parts["val"], classes, spec, reports["val"])
+    if "boxes" in spec.options:
+        train, test = _with_boxes(root, spec, train, test, localise, reports)
+    elif localise:
+        raise UserError(
+            f"--data {spec}: localisation needs boxes; add boxes=FILE (path,x0,y0,x1,y1 in shares)"
+        )
+    elif {"exclude_boxed", "boxes_split"} & set(spec.options):
+        raise UserError(f"--data {spec}: exclude_boxed and boxes_split need boxes=FILE")
+    return (
+        replace(train, report=train.report + reports["train"].lines()),
+        replace(test, report=test.report + reports["val"].lines()),
+    )
+
+
+def _class_names(folder: Path, report: Report) -> list[str]:
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        if not entry.is_dir():
+            report.note("file beside the class folders: ignored", f"{folder.name}/{entry.name}")
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    if not names:
+        raise UserError(f"{folder}: has no class folder ({found(folder)}); expected {LAYOUT}")
+    return names
+
+
+def _read_part(root: Path, part: str, classes: list[str], spec: DataSpec, report: Report) -> ImageSet:
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        if not (root / part / name).is_dir():
+            report.note("class of the training folder without test images", f"{part}/{name}")
+            continue
+        images = list(_images(root / part / name, root, report))
+        if not images:
+            folder = root / part / name
+            raise UserError(f"{folder}: class folder with no image ({found(folder)}); fill it or remove it")
+        paths += images
+        labels += [label] * len(images)
+    ids = [path.relative_to(root).as_posix() for path in paths]
+    key = fingerprint(["folder", classes], ids, paths, [])
+    name = short_name(spec.options.get("name", root.resolve().name))
+    return ImageSet(name, classes, ids, paths, np.array(labels, np.int64), None, key)
+
+
+def _images(folder: Path, root: Path, report: Report) -> Iterable[Path]:
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
+                yield Path(where, name)
+            else:
+                report.note("file that is no image: ignored", Path(where, name).relative_to(root).as_posix())
+
+
+def _with_boxes(
+    root: Path, spec: DataSpec, train: ImageSet, test: ImageSet, localise: bool, reports: dict[str, Report]
+) -> tuple[ImageSet, ImageSet]:
+    listed = Path(spec.options["boxes"])
+    if not listed.exists() and (root / listed).exists():
+        listed = root / listed
+    boxes = read_box_csv(listed, reports["val"])
+    absent = [key for key in boxes if not (root / key).is_file()]
+    if absent:
+        raise UserError(
+            f"{listed}: {len(absent)} of {len(boxes)} images listed there are absent from {root} (first: {absent[0]})"
+        )
+    known = set(train.ids) | set(test.ids)
+    elsewhere = [key for key in boxes if key not in known]
+    if elsewhere:
+        reports["val"].note("boxed image in neither folder: ignored", elsewhere[0], len(elsewhere))
+    exclude = _switch(spec, "exclude_boxed")
+    in_train = np.array([key in boxes for key in train.ids])
+    in_test = np.array([key in boxes for key in test.ids])
+    kept = train
+    if exclude and in_train.any():
+        first = train.ids[np.flatnonzero(in_train)[0]]
+        reports["train"].note("boxed image: left out of training", first, int(in_train.sum()))
+        kept = _need_images(
+            train.take(np.flatnonzero(~in_train)), f"{listed}: every training image has boxes"
+        )
+    if not localise:
+        return kept, test
+    split = spec.options.get("boxes_split", "val" if in_test.any() and not exclude else "all")
+    if split not in ("val", "all"):
+        raise UserError(f"--data {spec}: boxes_split={split} is unknown; write val or all")
+    if split == "all" and in_train.any() and not exclude:
+        remedy = (
+            f"boxes_split=val (score only the {in_test.sum()} boxed images of val), or "
+            if in_test.any()
+            else ""
+        )
+        raise UserError(
+            f"{listed}: {in_train.sum()} boxed images are training images too (first: "
+            f"{train.ids[np.flatnonzero(in_train)[0]]}), so scores would be of images seen in training; "
+            f"add {remedy}exclude_boxed=1 (leave them out of training; pretrain with it too)"
+        )
+    if split == "val" and in_train.any() and not exclude:
+        first = train.ids[np.flatnonzero(in_train)[0]]
+        reports["val"].note("boxed image of the training folder: not scored", first, int(in_train.sum()))
+    scored = test.take(np.flatnonzero(in_test))
+    if split == "all":
+        scored = _join(train.take(np.flatnonzero(in_train)), scored)
+    _need_images(scored, f"{listed}: no image of val has a box")
+    _refuse_copies(kept, scored)
+    scored_boxes = [boxes[key] for key in scored.ids]
+    key = fingerprint(scored.fingerprint, scored.ids, scored.paths, [listed])
+    return kept, replace(scored, boxes=scored_boxes, fingerprint=key)
+
+
+def _switch(spec: DataSpec, key: str) -> bool:
+    value = spec.options.get(key, "0")
+    if value not in ("0", "1"):
+        raise UserError(f"--data {spec}: {key}={value}; write {key}=1 or {key}=0")
+    return value == "1"
+
+
+def _need_images(part: ImageSet, otherwise: str) -> ImageSet:
+    if not len(part):
+        raise UserError(f"{otherwise}; nothing is left")
+    return part
+
+
+def _join(first: ImageSet, second: ImageSet) -> ImageSet:
+    return replace(
+        first,
+        ids=first.ids + second.ids,
+        paths=first.paths + second.paths,
+        labels=np.concatenate([first.labels, second.labels]),
+        fingerprint=first.fingerprint + second.fingerprint,
+    )
+
+
+def _refuse_copies(train: ImageSet, scored: ImageSet) -> None:
+    # the same file under another class or folder: equal names and sizes, then equal contents
+    by_name: dict[str, list[Path]] = {}
+    names = {path.name for path in scored.paths}
+    for path in train.paths:
+        if path.name in names:
+            by_name.setdefault(path.name, []).append(path)
+    copies = [
+        (one, other)
+        for one in scored.paths
+        for other in by_name.get(one.name, [])
+        if one.stat().st_size == other.stat().st_size and content_digest([one]) == content_digest([other])
+    ]
+    if copies:
+        raise UserError(
+            f"{copies[0][0]}: is to be scored and is also the training image {copies[0][1]} "
+            f"({len(copies)} such images); remove one of the two"
+        )

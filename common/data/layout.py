@@ -1,0 +1,76 @@
+"""What readers share: folders that must be there, and the list of rules that fired."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from common.errors import UserError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+
+
+class Report:
+    """Counts, per rule that fired, how often and where first: the lines go into the run's report."""
+
+    def __init__(self) -> None:
+        self._rules: dict[str, list] = {}
+
+    def note(self, rule: str, where: str, count: int = 1) -> None:
+        """Count `rule`; `where` (file, object) is kept of the first."""
+        self._rules.setdefault(rule, [0, where])[0] += count
+
+    def lines(self) -> list[str]:
+        """One line a rule: `3 × box reaches outside its image: clipped (first: 000012.xml object 2)`."""
+        return [f"{count} × {rule} (first: {where})" for rule, (count, where) in self._rules.items()]
+
+
+def found(folder: Path, most: int = 8) -> str:
+    """The first entries of a folder, for messages: `found: a/, b/, c.txt and 12 more`."""
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"found: {', '.join(names[:most]) or 'nothing'}{more}"
+
+
+def need_folder(path: Path | str, expected: str) -> Path:
+    """`path` as a folder with something in it. UserError, saying what was expected there, when it is not."""
+    path = Path(path)
+    if not path.exists():
+        parent = f" ({path.parent}: {found(path.parent)})" if path.parent.is_dir() else ""
+        raise UserError(f"{path}: no such folder{parent}; expected {expected}")
+    if not path.is_dir():
+        raise UserError(f"{path}: is a file; expected {expected}")
+    if next(path.iterdir(), None) is None:
+        raise UserError(f"{path}: the folder is empty; expected {expected}")
+    return path
+
+
+def need_present(listed: Path | str, what: str, paths: Collection[Path]) -> None:
+    """UserError naming the first of `paths` that is absent, their count, and the file that lists them."""
+    # one listing a folder: a stat of each would take minutes on a network disk
+    names = {folder: set() for folder in {path.parent for path in paths}}
+    for folder, there in names.items():
+        if folder.is_dir():
+            there.update(entry.name for entry in folder.iterdir())
+    absent = [path for path in paths if path.name not in names[path.parent]]
+    if absent:
+        raise UserError(
+            f"{listed}: {len(absent)} of {len(paths)} {what} listed there are absent (first: {absent[0]})"
+        )
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, stripped. UserError when it is absent or no text."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no text file; it should be UTF-8") from None
+
+
+def short_name(text: str) -> str:
+    """A name fit for a path and a table: letters, digits, dot, plus, dash and underscore."""
+    name = re.sub(r"[^A-Za-z0-9.+_-]+", "-", text).strip("-.")
+    if not name:
+        raise UserError(f"'{text}': no usable name for the data; give one with name=")
+    return name
