@@ -1,0 +1,71 @@
+"""From score maps to boxes, and true boxes to the frame they are compared in.
+
+The rules (paper section 4.2 and appendix B; where the paper is silent, the rule says so):
+- a map is upsampled bilinearly to the frame, then scaled to [0, 1] by its own minimum and maximum;
+- foreground is what lies *above* threshold × maximum;
+- of the 8-connected foreground regions the one with most pixels counts; of equals the topmost, then leftmost
+  (silent);
+- the box is the tightest half-open one: x0, y0 inclusive, x1, y1 one past the last pixel;
+- a constant map says nothing and a map without foreground has no region: both give the box 0, 0, 0, 0, whose
+  IoU with anything is 0 (silent; `wsolevaluation` does the same).
+"""
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+CHUNK = 128  # maps upsampled at once: 128 × 224² float32 is 26 MB
+
+
+def upsample(maps: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear, pixel centres aligned (half-pixel): (n, h, w) → float32 (n, size, size)."""
+    maps = torch.from_numpy(np.ascontiguousarray(maps, np.float32))
+    if tuple(maps.shape[1:]) == (size, size):
+        return maps.numpy()
+    return F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0].numpy()
+
+
+def min_max(maps: np.ndarray) -> np.ndarray:
+    """Each map (n, h, w) scaled to [0, 1] by its own range; a constant map becomes 0."""
+    low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
+    return np.divide(maps - low, high - low, out=np.zeros_like(maps), where=high > low)
+
+
+def largest_region_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The tightest half-open box around the largest 8-connected region of a mask (H, W), bool or uint8."""
+    count, _, stats, _ = cv2.connectedComponentsWithStats(
+        mask.view(np.uint8), connectivity=8, ltype=cv2.CV_32S
+    )
+    if count < 2:
+        return 0, 0, 0, 0
+    found = stats[1:].tolist()  # left, top, width, height, pixels of each region
+    left, top, width, height, _ = min(found, key=lambda s: (-s[4], s[1], s[0], s[3], s[2]))
+    return left, top, left + width, top + height
+
+
+def boxes_from_maps(maps: np.ndarray, size: int, thresholds: float | np.ndarray) -> np.ndarray:
+    """Boxes in a `size` × `size` frame: maps (n, h, w) → float64 (n, 4).
+
+    With an array of t thresholds: (n, t, 4).
+    """
+    wanted = np.atleast_1d(np.asarray(thresholds, np.float32))
+    boxes = np.zeros((len(maps), len(wanted), 4))
+    for start in range(0, len(maps), CHUNK):
+        scaled = min_max(upsample(maps[start : start + CHUNK], size))
+        for number, image in enumerate(scaled, start):
+            for column, threshold in enumerate(wanted):
+                boxes[number, column] = largest_region_box(image > threshold)
+    return boxes if np.ndim(thresholds) else boxes[:, 0]
+
+
+def to_crop(shares: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    """True boxes in the pixels of the test crop: shares of the image (k, 4) → float64 (m, 4), m ≤ k.
+
+    The image is resized to `resize`² and its central `crop`² is what the network sees: x → x · resize −
+    (resize − crop) / 2, clipped to 0 … crop. A box of which nothing is left is dropped, for nothing in the
+    crop can find it; an image that loses all of its boxes stays in the score, as a miss.
+    """
+    boxes = np.asarray(shares, np.float64).reshape(-1, 4) * resize - (resize - crop) // 2
+    boxes = boxes.clip(0, crop)
+    return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
