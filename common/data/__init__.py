@@ -1,7 +1,18 @@
 """Data sets by one spec: `open_*` reads annotations and checks images, and decodes nothing."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.data.captions import read_captions
+from common.data.check import check_images
+from common.data.cub import read_cub
+from common.data.folder import read_folder
+from common.data.layout import short_name
 from common.data.spec import DataSpec, parse_data
 from common.data.types import CaptionSet, DetectionSet, ImageSet
+from common.data.voc import read_voc
+from common.errors import UserError
 
 __all__ = [
     "CaptionSet",
@@ -15,6 +26,8 @@ __all__ = [
     "parse_data",
 ]
 
+AnySet = TypeVar("AnySet", ImageSet, DetectionSet, CaptionSet)
+
 
 def open_classification(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
@@ -24,7 +37,12 @@ def open_classification(
     `limit` keeps that many images of each. Every kept image is checked (present, header, end of file):
     the first bad one raises UserError, or with `skip_bad` all bad ones are left out and counted.
     """
-    raise NotImplementedError
+    readers = {
+        "folder": read_folder,
+        "cub": read_cub,
+        "scenes": _of_scenes("folder", "imagenet", read_folder),
+    }
+    return _open("classification", readers, spec, limit, skip_bad)
 
 
 def open_localisation(
@@ -34,18 +52,59 @@ def open_localisation(
 
     No test image is also a training image.
     """
-    raise NotImplementedError
+    readers = {
+        "folder": lambda spec: read_folder(spec, localise=True),
+        "cub": read_cub,
+        "scenes": _of_scenes("cub", "cub", read_cub),
+    }
+    return _open("localisation", readers, spec, limit, skip_bad)
 
 
 def open_detection(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[DetectionSet, DetectionSet]:
     """Training and test images with boxes of `scenes` or `voc`, as (train, test); checks as above."""
-    raise NotImplementedError
+    readers = {"voc": read_voc, "scenes": _of_scenes("voc", "vocdevkit", read_voc)}
+    return _open("detection", readers, spec, limit, skip_bad)
 
 
 def open_captions(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[CaptionSet, CaptionSet]:
     """Training and test images with captions of `scenes` or `captions`, as (train, test); checks as above."""
-    raise NotImplementedError
+    readers = {"captions": read_captions, "scenes": _of_scenes("captions", "coco", read_captions)}
+    return _open("captioning", readers, spec, limit, skip_bad)
+
+
+def _of_scenes(kind: str, folder: str, reader: Callable[[DataSpec], tuple]) -> Callable[[DataSpec], tuple]:
+    def read(spec: DataSpec) -> tuple:
+        from common.scenes import ensure_world
+
+        size, seed = spec.options.get("size", "tiny"), spec.options.get("seed", "0")
+        if not seed.isdecimal():
+            raise UserError(f"--data {spec}: seed={seed} is no whole number")
+        world = ensure_world(size=size, seed=int(seed))
+        name = spec.options.get("name", f"scenes-{size}" + (f"-seed{seed}" if int(seed) else ""))
+        return reader(DataSpec(kind, str(getattr(world, folder)), {"name": short_name(name)}))
+
+    return read
+
+
+def _open(
+    task: str,
+    readers: dict[str, Callable[[DataSpec], tuple[AnySet, AnySet]]],
+    spec: DataSpec | str,
+    limit: int | None,
+    skip_bad: bool,
+) -> Any:
+    spec = parse_data(spec) if isinstance(spec, str) else spec
+    if spec.kind not in readers:
+        raise UserError(f"--data {spec}: {task} does not read '{spec.kind}'; it reads {', '.join(readers)}")
+    return tuple(_checked(part.subset(limit), skip_bad) for part in readers[spec.kind](spec))
+
+
+def _checked(part: AnySet, skip_bad: bool) -> AnySet:
+    bad = check_images([Path(path) for path in part.paths], skip_bad)
+    if len(bad) == len(part):
+        raise UserError(f"{part.paths[0]}: none of the {len(part)} images of {part.name} can be read")
+    return part.without(bad)

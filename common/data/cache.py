@@ -13,7 +13,7 @@ from common.files import digest, read_json, write_json
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder below `$BACKBENCH_CACHE` (default `~/.cache/backbench`), created. UserError when it cannot be."""
+    """A folder below `$BACKBENCH_CACHE` (default `~/.cache/backbench`), created, or UserError."""
     root = Path(os.environ.get("BACKBENCH_CACHE") or "~/.cache/backbench").expanduser()
     folder = root.joinpath(*parts)
     try:

@@ -17,8 +17,8 @@ TAIL = 64
 def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
     """The indices of images that cannot be read: absent, empty, no image, or cut short.
 
-    Without `skip_bad` the first of them raises UserError, with their count. Only an image whose tail lacks its
-    format's end mark (and formats without one) is decoded. Memoised by path, size and modification time.
+    Without `skip_bad` the first of them raises UserError, with their count. Only an image whose tail lacks
+    its format's end mark (and formats without one) is decoded. Memoised by path, size and modification time.
     """
     absent = [i for i, path in enumerate(paths) if not Path(path).is_file()]
     present = [i for i in range(len(paths)) if i not in set(absent)]

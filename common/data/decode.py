@@ -26,8 +26,8 @@ def read_rgb(path: Path | str, frame: Sequence[int] | np.ndarray | None = None) 
     """Decode an image to uint8 (H, W, 3) RGB.
 
     Grey, palette and CMYK become RGB; transparency is laid on black; 16-bit grey is scaled by 255/65535 (of
-    16-bit colour Pillow keeps the high byte). The EXIF rotation is applied, unless `frame`, the (width, height)
-    in which boxes were drawn, is the stored size: then the boxes belong to the stored pixels.
+    16-bit colour Pillow keeps the high byte). The EXIF rotation is applied, unless `frame`, the (width,
+    height) in which boxes were drawn, is the stored size: then the boxes belong to the stored pixels.
     Raises UserError naming the file when it cannot be decoded or fits neither way into `frame`.
     """
     try:
@@ -49,7 +49,7 @@ def read_rgb(path: Path | str, frame: Sequence[int] | np.ndarray | None = None) 
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation 1–8 of an opened image, from its header alone (1: none, or turned by Pillow itself)."""
+    """EXIF orientation 1–8 of an opened image, from the header alone (1: none, or Pillow turns it itself)."""
     if image.format not in ("JPEG", "MPO") and "exif" not in image.info:
         return 1
     orientation = image.getexif().get(0x0112, 1)
@@ -91,7 +91,7 @@ def resize(image: np.ndarray, size: tuple[int, int], backend: str = "pil") -> np
 
 
 def resize_short(image: np.ndarray, side: int, backend: str = "pil") -> np.ndarray:
-    """Resize so that the shorter side is `side`; the longer is rounded down, as torchvision's `Resize` does."""
+    """Resize so that the shorter side is `side`; the longer is rounded down, as in torchvision's `Resize`."""
     height, width = image.shape[:2]
     if width <= height:
         return resize(image, (side, int(side * height / width)), backend)
@@ -99,7 +99,7 @@ def resize_short(image: np.ndarray, side: int, backend: str = "pil") -> np.ndarr
 
 
 def centre_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The central (width, height) part of an image at least that large; rounds as torchvision's `CenterCrop`."""
+    """The central (width, height) part of a larger image, rounded as in torchvision's `CenterCrop`."""
     width, height = size
     top = round((image.shape[0] - height) / 2)
     left = round((image.shape[1] - width) / 2)
@@ -135,8 +135,8 @@ def decode_all(
 ) -> np.ndarray:
     """All images decoded and transformed: uint8 (n, H, W, 3), memory-mapped and read-only.
 
-    Kept in the cache folder under the files' state, `transform.name` and Pillow's version, so it is done once;
-    of several processes one decodes. `transform` maps uint8 (h, w, 3) to one fixed shape; see `Fit`.
+    Kept in the cache folder under the files' state, `transform.name` and Pillow's version, so it is done
+    once; of several processes one decodes. `transform` maps uint8 (h, w, 3) to one fixed shape; see `Fit`.
     Raises UserError for an image that cannot be decoded and for a full disk.
     """
     if not paths:
@@ -175,7 +175,7 @@ def _decode_into(file: BinaryIO, paths: Sequence[Path], transform: Callable, wor
 
 
 def read_headers(paths: Sequence[Path]) -> np.ndarray:
-    """int64 (n, 3): stored width, height and EXIF orientation of each image; 0, 0, 0 when unreadable. Memoised."""
+    """int64 (n, 3): stored width, height, EXIF orientation; 0, 0, 0 when unreadable. Memoised."""
 
     def compute() -> list[Any]:
         return threaded(_header, paths, desc="reading image sizes")

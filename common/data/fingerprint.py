@@ -11,8 +11,8 @@ from common.files import digest
 
 
 def fingerprint(settings: Any, ids: Sequence[Any], paths: Sequence[Path], annotations: Sequence[Path]) -> str:
-    """The fingerprint of a set: its reader's `settings` (JSON-able), image ids, image file sizes in bytes, and
-    the content of its annotation files. It does not depend on where the folder lies.
+    """The fingerprint of a set: its reader's `settings` (JSON-able), image ids, image file sizes in bytes,
+    and the content of its annotation files. It does not depend on where the folder lies.
 
     Contents of images are not read; see `content_digest` for that. Memoised where files are read.
     """

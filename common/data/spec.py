@@ -35,7 +35,7 @@ class DataSpec:
 
 
 def parse_data(text: str) -> DataSpec:
-    """Parse `KIND`, `KIND:PATH` or `KIND:PATH,key=value,…` (the path may be missing: `captions:images=DIR,…`).
+    """Parse `KIND`, `KIND:PATH` or `KIND:PATH,key=value,…` (no path: `captions:images=DIR,…`).
 
     Raises UserError, naming what is known, for an unknown kind or option, an option without a value or given
     twice, and a missing path.

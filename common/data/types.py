@@ -56,7 +56,7 @@ class _Indexed:
         return replace(part, fingerprint=digest(self.fingerprint, "limit", limit))
 
     def without(self, bad: Sequence[int]) -> Self:
-        """The set without the images at the indices `bad`, which are counted in `skipped` and in the report."""
+        """The set without the images at the indices `bad`, counted in `skipped` and the report."""
         if not len(bad):
             return self
         gone = [str(self.ids[i]) for i in bad]

@@ -1,0 +1,289 @@
+"""Detection sets in PASCAL VOC's layout: one year, several years, or any folder of that shape."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from common.data.cache import remember
+from common.data.decode import read_headers, threaded
+from common.data.fingerprint import fingerprint
+from common.data.layout import EXTENSIONS, Report, found, need_folder, need_present, read_lines, short_name
+from common.data.spec import DataSpec
+from common.data.types import DetectionSet
+from common.errors import UserError
+
+# fmt: off
+VOC_CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]
+# fmt: on
+LAYOUT = "VOC2007/ or VOC2012/, or JPEGImages/, Annotations/ and ImageSets/Main/"
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
+    """Read `voc:DIR[,year=2007+2012][,train=trainval][,test=test][,classes=a+b]` as (train, test).
+
+    DIR is a VOCdevkit with years, or one folder of that shape. With VOC2007 and VOC2012 and no `year`, the
+    07+12 protocol: both years' trainval train, VOC2007's test tests (Faster R-CNN, SSD). Classes: `classes=`,
+    else VOC's 20 in their order when no other name occurs, else the names found, sorted.
+
+    Boxes: VOC's corners are 1-based and inclusive, so x0 = xmin − 1, y0 = ymin − 1, x1 = xmax, y1 = ymax is the
+    half-open box in continuous pixels. Boxes that reach outside are clipped, boxes wholly outside or without
+    area (xmin ≥ xmax) dropped; both are in the report. Raises UserError for everything it cannot read.
+    """
+    years = _years(spec)
+    train_split, test_split = spec.options.get("train", "trainval"), spec.options.get("test", "test")
+    tested = [year for year in years if year.name == "VOC2007"] if _is_0712(years) else years
+    train_raw = _read_split(years, train_split)
+    test_raw = _read_split(tested, test_split)
+    given = spec.options["classes"].split("+") if "classes" in spec.options else None
+    classes = given or _discover([train_raw, test_raw])
+    name = short_name(spec.options.get("name") or _default_name(years))
+    train, test = (_build(name, raw, classes, given) for raw in (train_raw, test_raw))
+    both = set(train.paths) & set(test.paths)
+    if both:
+        line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
+        test = replace(test, report=[*test.report, line])
+    return train, test
+
+
+def _is_0712(years: list[Path]) -> bool:
+    return {"VOC2007", "VOC2012"} <= {year.name for year in years}
+
+
+def _years(spec: DataSpec) -> list[Path]:
+    root = need_folder(spec.path, LAYOUT)
+    if not any(root.glob("VOC[0-9]*")) and (root / "VOCdevkit").is_dir():
+        root = root / "VOCdevkit"
+    if (root / "Annotations").is_dir() and (root / "JPEGImages").is_dir():
+        if "year" in spec.options:
+            raise UserError(f"{root}: year= is for a VOCdevkit; this is one folder ({found(root)})")
+        return [root]
+    years = sorted(path for path in root.glob("VOC[0-9][0-9][0-9][0-9]") if path.is_dir())
+    if not years:
+        raise UserError(f"{root}: not a VOC layout ({found(root)}); expected {LAYOUT}")
+    if "year" in spec.options:
+        wanted = spec.options["year"].split("+")
+        for year in wanted:
+            if root / f"VOC{year}" not in years:
+                raise UserError(f"{root}: has no VOC{year}/ ({found(root)}); year= takes years joined by +")
+        years = [root / f"VOC{year}" for year in wanted]
+    elif len(years) > 1:
+        if not _is_0712(years):
+            raise UserError(
+                f"{root}: several years ({found(root)}); say which, as in year={years[0].name[3:]}"
+            )
+        years = [root / "VOC2007", root / "VOC2012"]
+    for year in years:
+        for part in ("JPEGImages", "Annotations"):
+            need_folder(year / part, LAYOUT)
+    return years
+
+
+def _default_name(years: list[Path]) -> str:
+    if len(years) > 1:
+        return "voc" + "".join(year.name[5:] for year in years)
+    return years[0].resolve().name.replace("VOC", "voc")
+
+
+@dataclass
+class _Raw:
+    """A split as read: `records[i]` is what `_parse` gave for image i, before any rule."""
+
+    ids: list[str]
+    images: list[Path]
+    annotations: list[Path]
+    records: list[dict]
+    headers: np.ndarray
+    lists: list[Path]
+    report: Report
+
+
+def _read_split(years: list[Path], split: str) -> _Raw:
+    report = Report()
+    ids, images, annotations, lists = [], [], [], []
+    for year in years:
+        listed = year / "ImageSets" / "Main" / f"{split}.txt"
+        names = _split_names(year, listed, split, report)
+        by_stem = {}
+        for entry in sorted((year / "JPEGImages").iterdir()):
+            if entry.suffix.lower() in EXTENSIONS:
+                by_stem.setdefault(entry.stem, entry)
+        files = [by_stem.get(name, year / "JPEGImages" / f"{name}.jpg") for name in names]
+        xmls = [year / "Annotations" / f"{name}.xml" for name in names]
+        need_present(listed, "images", files)
+        need_present(listed, "annotations", xmls)
+        prefix = f"{year.name}/" if set(names) & set(ids) else ""
+        ids += [prefix + name for name in names]
+        images, annotations, lists = images + files, annotations + xmls, [*lists, listed]
+    records = remember(
+        "voc 1", annotations, lambda: threaded(_parse, annotations, desc="reading annotations")
+    )
+    return _Raw(ids, images, annotations, records, read_headers(images), lists, report)
+
+
+def _split_names(year: Path, listed: Path, split: str, report: Report) -> list[str]:
+    if not listed.is_file():
+        there = sorted(path.stem for path in listed.parent.glob("*.txt") if "_" not in path.stem)
+        raise UserError(
+            f"{listed}: no such split '{split}'; {listed.parent} has: {', '.join(there) or 'no .txt file'} "
+            "(choose with train= and test=)"
+        )
+    names: dict[str, None] = {}
+    for number, line in enumerate(read_lines(listed), 1):
+        if not line:
+            continue
+        name = line.split()[0]
+        if name in names:
+            report.note("image listed twice: taken once", f"{listed.name} line {number}")
+        names[name] = None
+    if not names:
+        raise UserError(f"{listed}: lists no image")
+    return list(names)
+
+
+def _parse(path: Path) -> dict:
+    """One XML as {"size": [w, h] or None, "objects": [[name, difficult or None, xmin, ymin, xmax, ymax], …]}."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        line, column = error.position
+        reason = str(error).partition(":")[0]
+        raise UserError(f"{path} line {line}, column {column}: malformed XML ({reason})") from None
+    except (OSError, UnicodeError, ValueError, LookupError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if root.tag != "annotation":
+        raise UserError(f"{path}: the root element is <{root.tag}>, expected <annotation>")
+    size = root.find("size")
+    if size is not None:
+        size = [_number(size, key, f"{path}: <size>") for key in ("width", "height")]
+    objects = []
+    for number, item in enumerate(root.findall("object"), 1):
+        where = f"{path}: object {number}"
+        name = (item.findtext("name") or "").strip()
+        if not name:
+            raise UserError(f"{where} has no <name>")
+        box = item.find("bndbox")
+        if box is None:
+            raise UserError(f"{where} ({name}) has no <bndbox>")
+        difficult = (item.findtext("difficult") or "").strip() or None
+        if difficult not in (None, "0", "1"):
+            raise UserError(f"{where} ({name}): <difficult> is '{difficult}', expected 0 or 1")
+        corners = [_number(box, key, f"{where} ({name})") for key in CORNERS]
+        objects.append([name, difficult and int(difficult), *corners])
+    return {"size": size, "objects": objects}
+
+
+def _number(parent: ElementTree.Element, key: str, where: str) -> float:
+    text = parent.findtext(key)
+    if text is None:
+        raise UserError(f"{where} has no <{key}>")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: <{key}> is '{text.strip()}', not a number")
+    return value
+
+
+def _discover(splits: list[_Raw]) -> list[str]:
+    names = {item[0] for raw in splits for record in raw.records for item in record["objects"]}
+    if not names:
+        raise UserError(f"{splits[0].annotations[0].parent}: no annotation holds an object")
+    return VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
+
+
+def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) -> DetectionSet:
+    sizes = _frames(raw)
+    index = {label: i for i, label in enumerate(classes)}
+    owner, where, corners, labels, difficult = [], [], [], [], []
+    for i, record in enumerate(raw.records):
+        for number, (label, hard, *box) in enumerate(record["objects"], 1):
+            place = f"{raw.annotations[i].name} object {number}"
+            if label not in index:
+                raise UserError(
+                    f"{raw.annotations[i]}: object {number} is of class '{label}', not in {given}"
+                )
+            if hard is None:
+                raw.report.note("object without <difficult>: taken as not difficult", place)
+            owner.append(i)
+            where.append(place)
+            corners.append(box)
+            labels.append(index[label])
+            difficult.append(bool(hard))
+    owner = np.array(owner, np.int64)
+    # an unreadable image has no size yet; the image check names it
+    limits = np.where(sizes > 0, sizes, np.iinfo(np.int64).max)[owner]
+    boxes, keep = _convert(np.array(corners, np.float64).reshape(-1, 4), limits, where, raw.report)
+    counts = np.bincount(owner[keep], minlength=len(raw.ids))
+    if not keep.any():
+        raise UserError(f"{raw.lists[0]}: its images have no usable object")
+    if (counts == 0).any():
+        first = raw.annotations[int(np.argmin(counts))].name
+        raw.report.note("image without objects: kept, all background", first, int((counts == 0).sum()))
+    cuts = np.cumsum(counts)[:-1]
+    return DetectionSet(
+        name,
+        classes,
+        raw.ids,
+        raw.images,
+        sizes,
+        np.split(boxes[keep].astype(np.float32), cuts),
+        np.split(np.array(labels, np.int64)[keep], cuts),
+        np.split(np.array(difficult, bool)[keep], cuts),
+        fingerprint(["voc", classes], raw.ids, raw.images, [*raw.lists, *raw.annotations]),
+        raw.report.lines(),
+    )
+
+
+def _frames(raw: _Raw) -> np.ndarray:
+    """int64 (n, 2): the stored size, or the EXIF-turned one when the XML says that. The header wins."""
+    stored = raw.headers[:, :2]
+    sizes = stored.copy()
+    for i, record in enumerate(raw.records):
+        said, place = record["size"], raw.annotations[i].name
+        if stored[i, 0] == 0 or said == stored[i].tolist():
+            continue
+        if said is None:
+            raw.report.note("XML without <size>: the image's own taken", place)
+        elif raw.headers[i, 2] >= 5 and said == stored[i, ::-1].tolist():
+            sizes[i] = stored[i, ::-1]
+            raw.report.note("boxes drawn on the EXIF-turned image: read turned", place)
+        else:
+            shown = f"{place}, {said[0]:g} × {said[1]:g} for {stored[i, 0]} × {stored[i, 1]}"
+            raw.report.note("wrong size in the XML: the image's own taken", shown)
+    return sizes
+
+
+def _convert(
+    corners: np.ndarray, limits: np.ndarray, where: list[str], report: Report
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inclusive 1-based corners (m, 4) and (width, height) (m, 2) to half-open boxes (m, 4) and keep (m,)."""
+
+    def note(rule: str, fired: np.ndarray) -> None:
+        if fired.any():
+            report.note(rule, where[int(np.argmax(fired))], int(fired.sum()))
+
+    low, high = corners[:, :2], corners[:, 2:]
+    swapped = (low > high).any(1)
+    flat = (low == high).any(1) & ~swapped
+    boxes = np.hstack([low - 1, high])
+    edges = np.hstack([limits, limits])
+    clipped = np.clip(boxes, 0, edges)
+    outside = (clipped[:, :2] >= clipped[:, 2:]).any(1) & ~swapped & ~flat
+    keep = ~(swapped | flat | outside)
+    # pixel 0 does not exist in VOC's counting: files written 0-based are a pixel off, not out of the picture
+    zero = keep & ((low >= 0) & (low < 1)).any(1)
+    beyond = keep & ((low < 0) | (high > limits)).any(1)
+    note("box with xmin > xmax or ymin > ymax: dropped", swapped)
+    note("box with no area (xmin = xmax or ymin = ymax): dropped", flat)
+    note("box wholly outside its image: dropped", outside)
+    note("box with xmin or ymin 0, where VOC counts from 1: clipped", zero)
+    note("box reaches outside its image: clipped", beyond)
+    return clipped, keep
