@@ -1,4 +1,4 @@
-"""Image folders: DIR/train/<class>/image and DIR/val/<class>/image, with boxes from a list if there is one."""
+"""Image folders: DIR/train/<class>/image and DIR/val/<class>/image, boxes in a list."""
 
 import os
 from collections.abc import Iterable
@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from common.data.boxes import read_box_csv
-from common.data.fingerprint import content_digest, fingerprint
+from common.data.fingerprint import fingerprint
 from common.data.layout import EXTENSIONS, Report, found, need_folder, short_name
 from common.data.spec import DataSpec
 from common.data.types import ImageSet
 from common.errors import UserError
+from common.files import file_digest
 
 LAYOUT = "DIR/train/<class>/<image> and DIR/val/<class>/<image>"
 
 
 def read_folder(spec: DataSpec, localise: bool = False) -> tuple[ImageSet, ImageSet]:
-    """Read `folder:DIR[,train=][,val=][,boxes=FILE][,boxes_split=val|all][,exclude_boxed=1]` as (train, test).
+    """Read `folder:DIR[,train=][,val=][,boxes=FILE][,boxes_split=val|all][,exclude_boxed=1]`.
 
-    Classes are the sorted folder names under train/. To classify, the test set is all of val/. With `localise`
-    it is the images that have boxes: those of val/ (`boxes_split=val`, the default where there are any) or of
+    Returns (train, test). Classes are the sorted folder names under train/. To classify, the test set is all
+    of val/. With `localise` it is the images that have boxes: those of val/ (`boxes_split=val`, the default where there are any) or of
     both folders (`all`). An image both in training and scored is refused. `exclude_boxed=1` takes the boxed
     images of train/ out of training (pretrain with it too), and makes `all` the default.
     """
@@ -106,7 +107,8 @@ def _with_boxes(
     absent = [key for key in boxes if not (root / key).is_file()]
     if absent:
         raise UserError(
-            f"{listed}: {len(absent)} of {len(boxes)} images listed there are absent from {root} (first: {absent[0]})"
+            f"{listed}: {len(absent)} of {len(boxes)} images listed there are absent from {root} "
+            f"(first: {absent[0]})"
         )
     known = set(train.ids) | set(test.ids)
     elsewhere = [key for key in boxes if key not in known]
@@ -185,7 +187,7 @@ def _refuse_copies(train: ImageSet, scored: ImageSet) -> None:
         (one, other)
         for one in scored.paths
         for other in by_name.get(one.name, [])
-        if one.stat().st_size == other.stat().st_size and content_digest([one]) == content_digest([other])
+        if one.stat().st_size == other.stat().st_size and file_digest(one) == file_digest(other)
     ]
     if copies:
         raise UserError(

@@ -18,7 +18,8 @@ from common.errors import UserError
 # fmt: off
 VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "diningtable", "dog", "horse", "motorbike", "person",
+    "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 ]
 # fmt: on
 LAYOUT = "VOC2007/ or VOC2012/, or JPEGImages/, Annotations/ and ImageSets/Main/"
@@ -32,8 +33,8 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     07+12 protocol: both years' trainval train, VOC2007's test tests (Faster R-CNN, SSD). Classes: `classes=`,
     else VOC's 20 in their order when no other name occurs, else the names found, sorted.
 
-    Boxes: VOC's corners are 1-based and inclusive, so x0 = xmin − 1, y0 = ymin − 1, x1 = xmax, y1 = ymax is the
-    half-open box in continuous pixels. Boxes that reach outside are clipped, boxes wholly outside or without
+    Boxes: VOC's corners are 1-based and inclusive, so x0 = xmin − 1, y0 = ymin − 1, x1 = xmax, y1 = ymax is
+    the half-open box in continuous pixels. Boxes that reach outside are clipped, boxes wholly outside or without
     area (xmin ≥ xmax) dropped; both are in the report. Raises UserError for everything it cannot read.
     """
     years = _years(spec)
@@ -148,7 +149,7 @@ def _split_names(year: Path, listed: Path, split: str, report: Report) -> list[s
 
 
 def _parse(path: Path) -> dict:
-    """One XML as {"size": [w, h] or None, "objects": [[name, difficult or None, xmin, ymin, xmax, ymax], …]}."""
+    """One XML as {"size": [w, h] or None, "objects": [[name, difficult or None, *corners], …]}."""
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
@@ -196,7 +197,7 @@ def _discover(splits: list[_Raw]) -> list[str]:
     names = {item[0] for raw in splits for record in raw.records for item in record["objects"]}
     if not names:
         raise UserError(f"{splits[0].annotations[0].parent}: no annotation holds an object")
-    return VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
+    return list(VOC_CLASSES) if names <= set(VOC_CLASSES) else sorted(names)
 
 
 def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) -> DetectionSet:
