@@ -1,9 +1,9 @@
 """WSOL: maps proved against logits, boxes against plain loops."""
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from common.errors import UserError
 from common.trunk import Classifier, Trunk
@@ -73,12 +73,11 @@ def test_a_map_that_is_not_finite_names_the_image():
         cam.compact(np.array(["first", "second"]), np.zeros((2, 1), int), maps)
 
 
-def test_upsampling_equals_opencv_and_a_loop():
+def test_upsampling_equals_torch_and_a_loop():
     maps = np.random.default_rng(0).random((2, 3, 4)).astype(np.float32)
-    up = boxes.upsample(maps, 24)
-    np.testing.assert_allclose(
-        up[1], cv2.resize(maps[1], (24, 24), interpolation=cv2.INTER_LINEAR), atol=1e-6
-    )
+    up = np.stack([boxes.upsample(image, 24) for image in maps])
+    expected = F.interpolate(torch.from_numpy(maps)[:, None], (24, 24), mode="bilinear")[:, 0]
+    np.testing.assert_allclose(up, expected.numpy(), atol=1e-6)
     y, x = (5 + 0.5) / 8 - 0.5, (20 + 0.5) / 6 - 0.5
     rows = maps[0, 0] * (1 - y) + maps[0, 1] * y
     assert up[0, 5, 20] == pytest.approx(rows[2] * (3 - x) + rows[3] * (x - 2), abs=1e-6)
@@ -111,7 +110,7 @@ def region_loop(mask):
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_largest_region_equals_a_flood_fill(share):
     rng = np.random.default_rng(int(share * 10))
-    for _ in range(60):
+    for _ in range(100):
         mask = rng.random((9, 12)) < share
         assert list(boxes.largest_region_box(mask)) == region_loop(mask)
 
@@ -128,26 +127,36 @@ def test_rules_of_the_largest_region():
     mask[5, 5] = True
     assert boxes.largest_region_box(mask) == (5, 5, 8, 8)  # most pixels, whatever its place or box
     assert boxes.largest_region_box(np.ones((8, 8), bool)) == (0, 0, 8, 8)
+    ring = np.ones((9, 9), bool)
+    ring[1:8, 1:8] = False
+    assert boxes.largest_region_box(ring) == (0, 0, 9, 9)
+    assert boxes.largest_region_box(~ring) == (1, 1, 8, 8)
+    ring[2:7, 2:7] = True
+    ring[0, :5] = ring[:5, 0] = False
+    assert boxes.largest_region_box(ring) == (2, 2, 7, 7)  # an island of 25 pixels in a ring of 23
 
 
 def test_boxes_from_maps_equal_the_image_by_image_way():
     rng = np.random.default_rng(1)
-    maps = rng.random((boxes.CHUNK + 5, 5, 5)).astype(np.float16)
+    maps = rng.random((20, 5, 5)).astype(np.float16)
     thresholds = np.array([0.15, 0.5, 0.9])
     found = boxes.boxes_from_maps(maps, 40, thresholds)
     assert found.shape == (len(maps), 3, 4)
-    for number in (0, 1, boxes.CHUNK - 1, boxes.CHUNK + 4):
-        up = boxes.upsample(maps[number][None], 40)[0]
+    for number, image in enumerate(maps):
+        up = boxes.upsample(image, 40).astype(np.float64)
         scaled = (up - up.min()) / (up.max() - up.min())
-        for column, threshold in enumerate(thresholds.astype(np.float32)):
+        for column, threshold in enumerate(thresholds):
             assert found[number, column].tolist() == region_loop(scaled > threshold)
     np.testing.assert_array_equal(boxes.boxes_from_maps(maps, 40, 0.5), found[:, 1])
 
 
 def test_a_constant_map_gives_the_empty_box():
-    maps = np.stack([np.full((4, 4), 3.0), np.eye(4)]).astype(np.float32)
-    found = boxes.boxes_from_maps(maps, 4, 0.15)
-    assert found.tolist() == [[0, 0, 0, 0], [0, 0, 4, 4]]
+    maps = np.stack([np.full((4, 4), 0.3), np.eye(4)]).astype(np.float32)
+    assert boxes.boxes_from_maps(maps, 4, 0.15).tolist() == [[0, 0, 0, 0], [0, 0, 4, 4]]
+    assert boxes.boxes_from_maps(maps[:1], 37, 0.15).tolist() == [[0, 0, 0, 0]]  # whatever rounding leaves
+    assert boxes.boxes_from_maps(maps[1:], 4, 1.0).tolist() == [
+        [0, 0, 0, 0]
+    ]  # nothing lies above the maximum
 
 
 def test_a_box_does_not_depend_on_scale_or_offset_of_the_map():

@@ -58,7 +58,7 @@ class ScoreMaps:
 
 
 def compact(ids: np.ndarray, classes: np.ndarray, maps: np.ndarray) -> ScoreMaps:
-    """float32 maps (n, k, h, w) → ScoreMaps. Raises UserError naming the image of a value that is not finite."""
+    """float32 maps (n, k, h, w) → ScoreMaps. Raises UserError naming the image of a value not finite."""
     bad = ~np.isfinite(maps).all((1, 2, 3))
     if bad.any():
         raise UserError(
