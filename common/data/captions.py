@@ -63,7 +63,7 @@ def _image_folder(spec: DataSpec, root: Path | None, part: str, file: Path) -> P
     if root is None:
         raise UserError(f"--data {spec}: no images=DIR (or {part}_images=DIR); where are {expected}?")
     suffix = file.stem.removeprefix(f"captions_{part}")
-    for name in (f"{part}{suffix}", part, "images"):
+    for name in (f"{part}{suffix}", *(f"{part}{year}" for year in SUFFIXES), "images"):
         if (root / name).is_dir():
             return need_folder(root / name, expected)
     raise UserError(f"{root}: no folder with {expected} ({found(root)}); expected {LAYOUT}, or give images=")

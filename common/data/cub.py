@@ -22,8 +22,8 @@ def read_cub(spec: DataSpec) -> tuple[ImageSet, ImageSet]:
     """Read `cub:CUB_200_2011` as (train, test), both with one box an image.
 
     Its boxes are x, y, width, height in pixels, x and y counted from 0: as shares x / W … (x + width) / W,
-    W and H from the image's header. A box that reaches outside is clipped; one with no area leaves its image with
-    an empty (0, 4) array. Both are in the report.
+    W and H from the image's header. A box that reaches outside is clipped; one with no area leaves its image
+    with an empty (0, 4) array. Both are in the report.
     """
     root = need_folder(spec.path, LAYOUT)
     if not (root / "images.txt").is_file() and (root / "CUB_200_2011").is_dir():
