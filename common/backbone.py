@@ -62,7 +62,9 @@ def load_backbone(spec: str, *, arch: str | None = None, name: str | None = None
     found = _recognise(state, spec)
     declared = facts.get("arch") or arch
     if declared and declared != found:
-        raise UserError(f"{spec}: its weights are a {found}, not a {declared}; drop --arch or give the right file")
+        raise UserError(
+            f"{spec}: its weights are a {found}, not a {declared}; drop --arch or give the right file"
+        )
     trunk = Trunk(found)
     _load_strictly(trunk, state, spec)
     label = facts.get("method") or ("torchvision-" + rest if rest else Path(spec).name.split(".")[0])
@@ -97,7 +99,9 @@ def read_backbone_file(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path}: not a backbone file of this project (pretrain/run.py writes them)")
     if content["format"] != FORMAT:
-        raise UserError(f"{path}: format {content['format']!r} is unknown here ({FORMAT} is read): update backbench")
+        raise UserError(
+            f"{path}: format {content['format']!r} is unknown here ({FORMAT} is read): update backbench"
+        )
     return content
 
 
@@ -113,7 +117,12 @@ def load_classifier(path: Path | str) -> tuple[Classifier, dict[str, Any]]:
 def body_fingerprint(trunk: nn.Module) -> str:
     """16 hex digits over the names, shapes and values of a body's tensors."""
     state = sorted(trunk.state_dict().items())
-    parts = [part for k, v in state if not k.endswith("num_batches_tracked") for part in (k, list(v.shape), _bytes(v))]
+    parts = [
+        part
+        for k, v in state
+        if not k.endswith("num_batches_tracked")
+        for part in (k, list(v.shape), _bytes(v))
+    ]
     return digest(*parts)
 
 
@@ -141,7 +150,9 @@ def read_checkpoint(path: Path) -> Any:
     """Read a torch or safetensors file without running any code in it. Raises UserError in one line otherwise."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}; --backbone takes a checkpoint file, torchvision:NAME, timm:NAME or scratch:ARCH")
+        raise UserError(
+            f"{path}: {what}; --backbone takes a checkpoint file, torchvision:NAME, timm:NAME or scratch:ARCH"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -149,14 +160,18 @@ def read_checkpoint(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path) or "GLOBAL" in str(error):
-            culprit = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in str(error) else "Python objects"
+            culprit = (
+                str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in str(error) else "Python objects"
+            )
             raise UserError(
                 f"{path}: holds pickled objects that could run code ({culprit}); save a plain state dict instead"
             ) from None
         raise UserError(f"{path}: not a PyTorch checkpoint (a text or other file?)") from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read, truncated or damaged ({first[:120]}); fetch or write it again") from None
+        raise UserError(
+            f"{path}: cannot be read, truncated or damaged ({first[:120]}); fetch or write it again"
+        ) from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -199,14 +214,20 @@ def _from_library(kind: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]
         raise UserError(f"{kind}:{name}: needs the package timm (pip install 'backbench[interop]')") from None
     except Exception as error:  # each library has errors of its own for an unknown name and for no network
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{kind}:{name}: cannot be had ({first[:160]}); check the name and the network") from None
+        raise UserError(
+            f"{kind}:{name}: cannot be had ({first[:160]}); check the name and the network"
+        ) from None
 
 
 def _body(state: dict[str, Tensor], spec: str) -> tuple[dict[str, Tensor], list[str]]:
     """The body's tensors under torchvision's names: the prefix is found, the classifier and other heads are left out."""
-    prefixes = sorted({k[: -len("conv1.weight")] for k in state if k.endswith("conv1.weight") and ".layer" not in f".{k}"})
+    prefixes = sorted(
+        {k[: -len("conv1.weight")] for k in state if k.endswith("conv1.weight") and ".layer" not in f".{k}"}
+    )
     if not prefixes:
-        raise UserError(f"{spec}: no ResNet in it: no key ends with conv1.weight (its keys begin {sorted(state)[:3]})")
+        raise UserError(
+            f"{spec}: no ResNet in it: no key ends with conv1.weight (its keys begin {sorted(state)[:3]})"
+        )
     momentum = ("encoder_k", "teacher", "momentum")
     prefix = next((p for p in prefixes if not any(word in p for word in momentum)), prefixes[0])
     body = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -215,7 +236,9 @@ def _body(state: dict[str, Tensor], spec: str) -> tuple[dict[str, Tensor], list[
     if len(prefixes) > 1:
         notes.append(f"took {prefix!r}, not {', '.join(repr(p) for p in prefixes if p != prefix)}")
     if dropped:
-        notes.append(f"left out {len(dropped)} keys that are no body: {', '.join(dropped[:3])}{' …' if dropped[3:] else ''}")
+        notes.append(
+            f"left out {len(dropped)} keys that are no body: {', '.join(dropped[:3])}{' …' if dropped[3:] else ''}"
+        )
     return {k: v for k, v in body.items() if k.startswith(BODY)}, notes
 
 
@@ -226,7 +249,11 @@ def _recognise(state: dict[str, Tensor], spec: str) -> str:
     width, conv2 = state["conv1.weight"].shape[0], state.get("layer1.0.conv2.weight")
     groups = conv2.shape[0] // conv2.shape[1] if conv2 is not None else 1
     for arch, (block, counts, planes, arch_groups, _) in ARCHS.items():
-        if (counts, planes) == (blocks, width) and (block.expansion == 4) == bottleneck and groups == arch_groups:
+        if (
+            (counts, planes) == (blocks, width)
+            and (block.expansion == 4) == bottleneck
+            and groups == arch_groups
+        ):
             return arch
     kind = "bottleneck" if bottleneck else "basic"
     raise UserError(
@@ -248,12 +275,18 @@ def _load_strictly(trunk: Trunk, state: dict[str, Tensor], spec: str) -> None:
         if keys:
             problems.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{' …' if keys[3:] else ''})")
     if problems:
-        raise UserError(f"{spec}: not a whole body of a {trunk.arch}: {'; '.join(problems)}; give a complete checkpoint")
+        raise UserError(
+            f"{spec}: not a whole body of a {trunk.arch}: {'; '.join(problems)}; give a complete checkpoint"
+        )
     untouched = [
-        k for k in state if k.endswith("running_mean") and not state[k].any() and (state[k[:-4] + "var"] == 1).all()
+        k
+        for k in state
+        if k.endswith("running_mean") and not state[k].any() and (state[k[:-4] + "var"] == 1).all()
     ]
     if len(untouched) == sum(k.endswith("running_mean") for k in state):
-        raise UserError(f"{spec}: its batch-norm statistics were never trained; use scratch:{trunk.arch} for random weights")
+        raise UserError(
+            f"{spec}: its batch-norm statistics were never trained; use scratch:{trunk.arch} for random weights"
+        )
     trunk.load_state_dict({**{k: wanted[k] for k in optional}, **state})
 
 

@@ -19,7 +19,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            sys.exit(_say(f"no space left writing {error.filename or 'the output'}: free some space, run again"))
+            sys.exit(
+                _say(f"no space left writing {error.filename or 'the output'}: free some space, run again")
+            )
         raise
 
 

@@ -82,5 +82,7 @@ def make_folder(path: Path | str) -> Path:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror}); choose another output folder") from None
+        raise UserError(
+            f"{path}: cannot write there ({error.strerror}); choose another output folder"
+        ) from None
     return path

@@ -38,7 +38,9 @@ class Recipe:
     nesterov: bool = knob(False, "Nesterov momentum", "C")
     weight_decay: float = knob(1e-4, "weight decay", "P")
     schedule: str = knob("step", "learning-rate curve", "P", choices=("step", "one_cycle", "constant"))
-    milestones: tuple[float, ...] = knob((), "where `step` divides the rate: epochs or iterations, as the length", "P")
+    milestones: tuple[float, ...] = knob(
+        (), "where `step` divides the rate: epochs or iterations, as the length", "P"
+    )
     gamma: float = knob(0.1, "factor at each milestone", "P")
     warmup: int = knob(0, "iterations of linear warm-up from a thousandth of the rate", "P")
     clip_grad: float = knob(0.0, "largest gradient norm; 0: not clipped", "I")
@@ -62,13 +64,17 @@ class Recipe:
 
     def stage_fields(self, stage: str) -> dict[str, Any]:
         """The fields that belong to one stage's key, JSON-able."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["stage"] == stage}
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["stage"] == stage
+        }
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def check(self) -> None:
         """Refuse what cannot be trained. Raises UserError naming the field."""
         if (self.epochs > 0) == (self.iterations > 0):
-            raise UserError("recipe: give either epochs or iterations, the other 0 (e.g. --set epochs=0 --set iterations=100)")
+            raise UserError(
+                "recipe: give either epochs or iterations, the other 0 (e.g. --set epochs=0 --set iterations=100)"
+            )
         if self.batch < 1:
             raise UserError(f"recipe: batch={self.batch}, at least 1 image is needed")
         if self.micro_batch and self.batch % self.micro_batch:
@@ -107,7 +113,9 @@ def override(recipe: R, settings: list[str]) -> R:
 
 def _parse(text: str, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
-        return tuple(_parse(part, typing.get_args(hint)[0]) for part in text.replace("+", ",").split(",") if part)
+        return tuple(
+            _parse(part, typing.get_args(hint)[0]) for part in text.replace("+", ",").split(",") if part
+        )
     if isinstance(hint, types.UnionType):
         return None if text.lower() == "none" else _parse(text, typing.get_args(hint)[0])
     if hint is bool:
@@ -134,9 +142,15 @@ def describe(recipes: dict[str, Recipe]) -> str:
         values = [_show(getattr(recipe, field.name)) for recipe in recipes.values()]
         shown = values[0] if len(set(values)) == 1 else " | ".join(values)
         choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-        lines.append(f"  {field.name} = {shown}  [{field.metadata['source']}] {field.metadata['help']}{choices}")
-    lines.append("sources: P the published paper, C its code, A an author's answer, B the base code it names,")
-    lines.append("         X other public code, I inferred: nothing public fixes it, M measured for the small world")
+        lines.append(
+            f"  {field.name} = {shown}  [{field.metadata['source']}] {field.metadata['help']}{choices}"
+        )
+    lines.append(
+        "sources: P the published paper, C its code, A an author's answer, B the base code it names,"
+    )
+    lines.append(
+        "         X other public code, I inferred: nothing public fixes it, M measured for the small world"
+    )
     return "\n".join(lines)
 
 
@@ -151,12 +165,34 @@ def parser(description: str, recipes: dict[str, Recipe], default: str) -> argpar
         epilog=describe(recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--recipe", default=default, choices=list(recipes), help=f"named recipe (default: {default})")
-    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change one recipe field; repeatable")
-    made.add_argument("--seed", type=int, default=0, help="seed of initial weights, order, augmentation (default: 0)")
-    made.add_argument("--limit", type=int, default=0, metavar="N", help="use only N images of each split; shown on the board")
-    made.add_argument("--workers", type=int, default=None, help="loader processes (default: chosen by the data)")
+    made.add_argument(
+        "--recipe", default=default, choices=list(recipes), help=f"named recipe (default: {default})"
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change one recipe field; repeatable",
+    )
+    made.add_argument(
+        "--seed", type=int, default=0, help="seed of initial weights, order, augmentation (default: 0)"
+    )
+    made.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="use only N images of each split; shown on the board",
+    )
+    made.add_argument(
+        "--workers", type=int, default=None, help="loader processes (default: chosen by the data)"
+    )
     made.add_argument("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU when there is one)")
-    made.add_argument("--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell")
-    made.add_argument("--restart", action="store_true", help="throw away what the output folder holds of this run")
+    made.add_argument(
+        "--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell"
+    )
+    made.add_argument(
+        "--restart", action="store_true", help="throw away what the output folder holds of this run"
+    )
     return made

@@ -136,7 +136,9 @@ class Trunk(nn.Module):
         return self
 
 
-def _stage(block, inplanes: int, planes: int, blocks: int, stride: int, groups: int, base_width: int) -> nn.Sequential:
+def _stage(
+    block, inplanes: int, planes: int, blocks: int, stride: int, groups: int, base_width: int
+) -> nn.Sequential:
     downsample = None
     if stride != 1 or inplanes != planes * block.expansion:
         downsample = nn.Sequential(
@@ -144,7 +146,9 @@ def _stage(block, inplanes: int, planes: int, blocks: int, stride: int, groups: 
             nn.BatchNorm2d(planes * block.expansion),
         )
     layers = [block(inplanes, planes, stride, downsample, groups, base_width)]
-    layers += [block(planes * block.expansion, planes, 1, None, groups, base_width) for _ in range(blocks - 1)]
+    layers += [
+        block(planes * block.expansion, planes, 1, None, groups, base_width) for _ in range(blocks - 1)
+    ]
     return nn.Sequential(*layers)
 
 
@@ -162,7 +166,11 @@ class Classifier(nn.Module):
 
     def torchvision_state(self) -> dict[str, Tensor]:
         """The state dict under torchvision's names: the body's keys and `fc.weight`, `fc.bias`."""
-        return {**self.trunk.state_dict(), "fc.weight": self.fc.weight.detach(), "fc.bias": self.fc.bias.detach()}
+        return {
+            **self.trunk.state_dict(),
+            "fc.weight": self.fc.weight.detach(),
+            "fc.bias": self.fc.bias.detach(),
+        }
 
 
 def normalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:

@@ -1,0 +1,34 @@
+"""Training: loop, loader, random streams, devices."""
+
+from common.engine.device import (
+    autocast,
+    hardware,
+    is_main,
+    pick_device,
+    rank,
+    resolve_precision,
+    to_device,
+    world,
+)
+from common.engine.loader import TrainData
+from common.engine.loop import REQUEUE, peak_memory, train
+from common.engine.streams import INIT, SPLIT, stream, torch_seed
+
+__all__ = [
+    "INIT",
+    "REQUEUE",
+    "SPLIT",
+    "TrainData",
+    "autocast",
+    "hardware",
+    "is_main",
+    "peak_memory",
+    "pick_device",
+    "rank",
+    "resolve_precision",
+    "stream",
+    "to_device",
+    "torch_seed",
+    "train",
+    "world",
+]

@@ -81,5 +81,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         return {"device": torch.cuda.get_device_name(device), "processes": world()}
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     return {"device": name, "threads": torch.get_num_threads(), "processes": world()}

@@ -1,0 +1,317 @@
+"""Run folders and cells: what a run writes, in which order, and when it counts as finished.
+
+A run goes through three keyed stages, train → predict → score. Each key holds the recipe fields of its stage, the
+fingerprints of its inputs and a protocol number raised by hand when the meaning of a stage changes; so a new score never
+retrains. `cell.json` is written last and atomically: a folder without it is not finished.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.backbone import Backbone
+from common.engine import hardware, is_main, peak_memory, resolve_precision
+from common.errors import UserError
+from common.files import digest, file_digest, make_folder, read_json, write_json, write_npz, write_text
+from common.recipe import STAGES, Recipe, to_json
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "mmengine-lite",
+    "albumentations",
+    "pillow",
+    "pycocotools",
+    "pycocoevalcap",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a cell is a measurement of; the fields give its place in a results folder."""
+
+    data: str
+    task: str
+    model: str
+    recipe: str
+    backbone: str
+    seed: int
+    group: str = ""
+    method: str = ""
+    arch: str = ""
+    pretrain_seed: int | None = None
+    limit: int = 0
+
+    @property
+    def path(self) -> Path:
+        """DATA/TASK/MODEL/RECIPE/BACKBONE/seedK."""
+        recipe = self.recipe + (f"+limit={self.limit}" if self.limit else "")
+        return Path(self.data, self.task, self.model, recipe, self.backbone, f"seed{self.seed}")
+
+
+@dataclass
+class Run:
+    """An opened run folder."""
+
+    folder: Path
+    identity: Identity
+    recipe: Recipe
+    keys: dict[str, str]
+    facts: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the cell of these very keys is there."""
+        path = self.folder / "cell.json"
+        return path.exists() and read_json(path)["keys"] == self.keys
+
+    def stages(self) -> dict[str, Any]:
+        """What stages.json records of the finished stages."""
+        path = self.folder / "stages.json"
+        return read_json(path) if path.exists() else {}
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage's files are there and were made with this run's key."""
+        entry = self.stages().get(stage, {})
+        return entry.get("key") == self.keys[stage] and all(
+            (self.folder / name).exists() for name in entry["files"]
+        )
+
+    def note(self, line: str) -> None:
+        """Add a line to what the board shows beside the score: a deviation, a rule that fired in the data."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    @contextmanager
+    def stage(self, name: str, files: list[str]) -> Iterator[None]:
+        """Run a stage's body, which writes `files` into the folder; record key, hashes and cost when it succeeds."""
+        (self.folder / "cell.json").unlink(missing_ok=True)
+        start = time.monotonic()
+        yield
+        entry = {
+            "key": self.keys[name],
+            "files": {file: file_digest(self.folder / file) for file in files},
+            "seconds": round(time.monotonic() - start, 2),
+        }
+        write_json(self.folder / "stages.json", {**self.stages(), name: entry})
+
+    def finish(
+        self,
+        *,
+        metrics: Mapping[str, float | None],
+        chance: Mapping[str, float],
+        primary: str,
+        images: Mapping[str, np.ndarray],
+        report: Mapping[str, Any],
+        report_md: str,
+        device: torch.device,
+        cost: Mapping[str, Any],
+    ) -> None:
+        """Write images.npz, report.json, report.md and, last, cell.json.
+
+        `images` holds "ids" and the per-image statistics from which `common.metrics.rescore` gives `metrics` (fractions;
+        None where a score could not be had, with a note that says why). `cost` is what `train` returned.
+        """
+        write_npz(self.folder / "images.npz", **images)
+        write_json(self.folder / "report.json", {**report, "notes": self.notes})
+        write_text(self.folder / "report.md", report_md.rstrip() + "\n")
+        stages = self.stages()
+        names = ["images.npz", "report.json", "report.md", *(f for s in stages.values() for f in s["files"])]
+        cell = {
+            "schema": SCHEMA,
+            "identity": self.identity.__dict__,
+            "metrics": dict(metrics),
+            "chance": dict(chance),
+            "primary": primary,
+            "cost": {
+                "train_s": cost.get("seconds", 0.0),
+                **{f"{name}_s": entry["seconds"] for name, entry in stages.items()},
+                "iterations": cost.get("iterations", 0),
+                "images": cost.get("images", 0),
+                "peak_memory_mb": max(cost.get("peak_memory_mb", 0), peak_memory(device)),
+            },
+            "keys": self.keys,
+            "notes": self.notes,
+            "files": {name: file_digest(self.folder / name) for name in sorted(set(names))},
+            **self.facts,
+            "device": hardware(device),
+            "precision": resolve_precision(self.recipe, device),
+        }
+        write_json(self.folder / "cell.json", cell)
+
+
+def open_run(
+    out: Path | str,
+    *,
+    task: str,
+    data: str,
+    model: str,
+    recipe: Recipe,
+    recipe_label: str,
+    backbone: Backbone | None,
+    seed: int,
+    train_fingerprint: str,
+    test_fingerprint: str,
+    limit: int = 0,
+    protocol: Mapping[str, int] | None = None,
+    restart: bool = False,
+    skip_bad: int = 0,
+    identity: Identity | None = None,
+) -> Run:
+    """Make or open the run folder OUT/DATA/TASK/MODEL/RECIPE/BACKBONE/seedK (OUT itself when `identity` is given).
+
+    Writes recipe.json and provenance.json. Raises UserError when the folder cannot be written to, or holds a run whose
+    training had other inputs: named, with what to do.
+    """
+    folder = Path(out).expanduser()
+    if identity is None:
+        known = {k: getattr(backbone, k) for k in ("group", "method", "arch", "pretrain_seed")}
+        identity = Identity(data, task, model, recipe_label, backbone.name, seed, **known, limit=limit)
+        folder = folder / identity.path
+    protocol = dict.fromkeys(STAGES, 1) | dict(protocol or {})
+    inputs = {
+        "train": {
+            "task": task,
+            "model": model,
+            "recipe": recipe.stage_fields("train"),
+            "data": train_fingerprint,
+            "backbone": backbone.fingerprint if backbone else None,
+            "seed": seed,
+            "limit": limit,
+            "protocol": protocol["train"],
+        },
+        "predict": {
+            "recipe": recipe.stage_fields("predict"),
+            "data": test_fingerprint,
+            "protocol": protocol["predict"],
+        },
+        "score": {"recipe": recipe.stage_fields("score"), "protocol": protocol["score"]},
+    }
+    keys, previous = {}, ""
+    for stage in STAGES:
+        keys[stage] = previous = digest(previous, inputs[stage])
+    if is_main():
+        _prepare(folder, keys["train"], inputs["train"], restart)
+        write_json(folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs})
+        write_json(folder / "provenance.json", provenance(task))
+    facts: dict[str, Any] = {"inputs": inputs, "skipped_images": skip_bad, "code": code_hash(task)}
+    if backbone:
+        facts["backbone"] = {
+            "source": Path(backbone.source).name,
+            "fingerprint": backbone.fingerprint,
+            "report": backbone.report,
+        }
+    return Run(folder, identity, recipe, keys, facts)
+
+
+def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> None:
+    if restart and (folder / "recipe.json").exists():
+        shutil.rmtree(folder)
+    make_folder(folder)
+    if not (folder / "recipe.json").exists():
+        return
+    old = read_json(folder / "recipe.json")
+    if old["keys"]["train"] == key:
+        return
+    changed = _differences(old["inputs"]["train"], inputs)
+    raise UserError(
+        f"{folder}: holds a run with {'; '.join(changed[:4])}; choose another --out, or --restart to replace it"
+    )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += _differences(before, now, f"{name}.")
+        elif before != now:
+            lines.append(f"{prefix}{name}={before} (now {now})")
+    return lines
+
+
+@functools.cache
+def provenance(task: str) -> dict[str, Any]:
+    """What made a run: git revision and diff, packages, code hash."""
+    return {
+        "git": _git("rev-parse", "HEAD") or "not a git checkout",
+        "git_diff": hashlib.sha256(diff.encode()).hexdigest()[:16]
+        if (diff := _git("diff", "HEAD"))
+        else "clean",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "code": code_hash(task),
+    }
+
+
+def _git(*args: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+@functools.cache
+def code_hash(task: str) -> str:
+    """A hash of the code a task's cells depend on, comments and docstrings left out: shown as drift, never in a key."""
+    room = {"classification": "pretrain"}.get(task, task)
+    shared = [
+        p
+        for p in sorted((ROOT / "common").rglob("*.py"))
+        if p.parts[len(ROOT.parts) + 1] not in ("board", "scenes")
+    ]
+    return digest(*(_code_without_prose(path) for path in [*shared, *sorted((ROOT / room).glob("*.py"))]))
+
+
+def _code_without_prose(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            del body[0]
+    return ast.dump(tree)
+
+
+def add_backbone_arguments(parser: Any) -> None:
+    """The arguments that every transfer task takes beside the recipe's."""
+    parser.add_argument(
+        "--backbone",
+        required=True,
+        help="a checkpoint (a file of pretrain/run.py, torchvision, timm, the official CutMix code …), "
+        "torchvision:NAME, timm:NAME, or scratch:ARCH for random weights",
+    )
+    parser.add_argument("--arch", help="architecture of `--backbone scratch`; a file says its own")
+    parser.add_argument(
+        "--name", help="the backbone's name in results (default: the file's method, or its name)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")

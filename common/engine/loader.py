@@ -1,0 +1,74 @@
+"""Micro-batches by position: iteration and micro-batch number say which images, with which random streams."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.engine.streams import SAMPLE, Order, stream
+
+
+class TrainData(Protocol):
+    """What a task trains on. An optional attribute `workers: int` is its default number of loader processes."""
+
+    def __len__(self) -> int:
+        """Number of training items: one epoch."""
+        ...
+
+    def batch(self, indices: list[int], rngs: list[np.random.Generator]) -> dict[str, Any]:
+        """Items as (nested lists of) tensors, and "ids": their names. One stream an item, for all its randomness."""
+        ...
+
+
+class Positions(Sampler):
+    """(iteration, micro-batch number) pairs of one process, from any iteration on: set, not replayed."""
+
+    def __init__(self, start: int, stop: int, micros: range) -> None:
+        self.start, self.stop, self.micros = start, stop, micros
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * len(self.micros)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for iteration in range(self.start, self.stop):
+            for micro in self.micros:
+                yield iteration, micro
+
+
+class MicroBatches(Dataset):
+    """Maps a position to its micro-batch."""
+
+    def __init__(self, data: TrainData, batch: int, micro_batch: int, seed: int) -> None:
+        self.data, self.size, self.micro_batch, self.seed = data, batch, micro_batch, seed
+        self.order = Order(len(data), seed)
+
+    def draws(self, iteration: int, micro: int) -> list[tuple[int, int]]:
+        """(epoch, index) of a micro-batch's items."""
+        return self.order.at(iteration * self.size + micro * self.micro_batch, self.micro_batch)
+
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, Any]:
+        draws = self.draws(*position)
+        rngs = [stream(SAMPLE, self.seed, epoch, index) for epoch, index in draws]
+        return self.data.batch([index for _, index in draws], rngs)
+
+
+def make_loader(batches: MicroBatches, positions: Positions, workers: int, pin: bool) -> DataLoader:
+    """A loader over `positions`; the batches are the same for any number of workers."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=positions,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_init_worker,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _init_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    import cv2
+
+    cv2.setNumThreads(0)
