@@ -54,10 +54,24 @@ def boxes_from_maps(maps: np.ndarray, size: int, thresholds: float | np.ndarray)
 def to_crop(shares: np.ndarray, resize: int, crop: int) -> np.ndarray:
     """True boxes in the pixels of the test crop: shares of the image (k, 4) → float64 (m, 4), m ≤ k.
 
-    The image is resized to `resize`² and its central `crop`² is what the network sees: x → x · resize −
+    The image is squeezed to `resize`² and its central `crop`² is what the network sees: x → x · resize −
     (resize − crop) / 2, clipped to 0 … crop. A box of which nothing is left is dropped, for nothing in the
     crop can find it; an image that loses all of its boxes stays in the score, as a miss.
     """
-    boxes = np.asarray(shares, np.float64).reshape(-1, 4) * resize - (resize - crop) // 2
+    boxes = np.asarray(shares, np.float64).reshape(-1, 4) * resize - _offset(resize, crop)
     boxes = boxes.clip(0, crop)
     return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+
+
+def from_crop(boxes: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    """Boxes in the pixels of the test crop (…, 4) as shares of the image."""
+    return (np.asarray(boxes, np.float64) + _offset(resize, crop)) / resize
+
+
+def crop_window(resize: int, crop: int) -> np.ndarray:
+    """The part of the image that the test crop shows: float64 (4,) x0, y0, x1, y1 in shares."""
+    return from_crop(np.array([0, 0, crop, crop]), resize, crop)
+
+
+def _offset(resize: int, crop: int) -> int:
+    return round((resize - crop) / 2)  # as common.data.decode.centre_crop and torchvision

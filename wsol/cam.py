@@ -1,5 +1,6 @@
 """Class activation maps (Zhou et al. 2016), exact: a map's mean plus the bias is the logit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def compact(ids: np.ndarray, classes: np.ndarray, maps: np.ndarray) -> ScoreMaps
     span = (high - low)[:, :, None, None]
     shares = np.divide(maps - low[:, :, None, None], span, out=np.zeros_like(maps), where=span > 0)
     return ScoreMaps(np.asarray(ids), classes.astype(np.int32), shares.astype(np.float16), low, high)
+
+
+def join(parts: Sequence[ScoreMaps]) -> ScoreMaps:
+    """One ScoreMaps of the images of several."""
+    return ScoreMaps(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts))))
 
 
 def load_maps(path: Path) -> tuple[ScoreMaps, dict[str, np.ndarray]]:

@@ -1,0 +1,192 @@
+"""Fine-tune a backbone for weakly supervised localisation: class labels only, boxes from class activation maps.
+
+    python wsol/finetune.py --backbone runs/cutmix/cutmix.pt --data cub:CUB_200_2011
+    python wsol/finetune.py --backbone resnet50.pth --data folder:DIR,boxes=FILE --recipe mini
+
+Without --data it uses the embedded world. The same command goes on where an interrupted one stopped.
+"""
+
+if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from common.backbone import Backbone, load_backbone
+from common.cell import Run, add_backbone_arguments, open_run
+from common.classify import TrainImages, make_step
+from common.data import open_localisation
+from common.data.decode import Fit, centre_crop, decode_all
+from common.data.thumbnails import write_thumbnails
+from common.data.types import ImageSet, hash_order
+from common.engine import INIT, autocast, is_main, pick_device, torch_seed, train
+from common.errors import UserError, run_main
+from common.metrics.classification import true_rank
+from common.mixing import METHODS
+from common.progress import progress
+from common.recipe import label, override, parser
+from common.trunk import Classifier, normalise
+from wsol.boxes import crop_window
+from wsol.cam import ScoreMaps, compact, join, load_maps, predict
+from wsol.recipes import RECIPES, WSOLRecipe
+from wsol.report import finish
+
+TASK, MODEL = "wsol", "cam"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Arguments → recipe → data → backbone → training → score maps → boxes, scores, cell."""
+    args = arguments().parse_args(argv)
+    settings = [*args.set, f"method={args.method}"] if args.method else args.set
+    recipe = override(RECIPES[args.recipe], settings)
+    spec = args.data or ("scenes:size=smoke" if args.recipe == "smoke" else "scenes")
+    if not args.data:
+        print(f"no --data: using the embedded world ({spec})")
+    device = pick_device(args.device)
+    train_set, test_set = open_localisation(spec, args.limit or None, args.skip_bad)
+    kept, held_out = hold_out(train_set, recipe)
+    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed)
+    run = open_run(
+        args.out,
+        task=TASK,
+        data=test_set.name,
+        model=MODEL,
+        recipe=recipe,
+        recipe_label=label(args.recipe, settings),
+        backbone=backbone,
+        seed=args.seed,
+        train_fingerprint=train_set.fingerprint,
+        test_fingerprint=test_set.fingerprint,
+        limit=args.limit,
+        restart=args.restart,
+        skip_bad=len(train_set.skipped) + len(test_set.skipped),
+    )
+    if run.finished:
+        print(f"finished already: {run.folder}")
+        return 0
+    for line in (*train_set.report, *test_set.report):
+        run.note(f"data: {line}")
+    torch.manual_seed(torch_seed(INIT, args.seed))
+    model = Classifier(backbone.trunk, len(train_set.classes))
+    model.trunk.unstride("layer4")
+    cost = train(
+        model,
+        make_step(recipe, len(train_set.classes), backbone.mean, backbone.std),
+        TrainImages(kept, recipe),
+        recipe,
+        folder=run.folder,
+        key=run.keys["train"],
+        seed=args.seed,
+        device=device,
+        groups=[
+            {"params": list(model.trunk.parameters()), "lr": 1.0},
+            {"params": list(model.fc.parameters()), "lr": recipe.head_lr},
+        ],
+        workers=args.workers,
+        desc=f"WSOL {backbone.name}",
+    )
+    if is_main():
+        write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths)
+        tested, held = predict_maps(run, model, backbone, test_set, held_out, device)
+        finish(run, tested, test_set, held, held_out, train_set, device, cost)
+    return 0
+
+
+def arguments():
+    """The command line of this script."""
+    made = parser(__doc__, RECIPES, default="tiny")
+    add_backbone_arguments(made)
+    made.add_argument(
+        "--method",
+        choices=METHODS,
+        help="how batches are mixed in this training (default: the recipe's, baseline)",
+    )
+    made.add_argument(
+        "--data",
+        metavar="KIND:PATH",
+        help="cub:DIR, folder:DIR,boxes=FILE (rows path,x0,y0,x1,y1 in shares), or scenes, the embedded world "
+        "(default)",
+    )
+    return made
+
+
+def hold_out(train_set: ImageSet, recipe: WSOLRecipe) -> tuple[ImageSet, ImageSet | None]:
+    """Split the images that choose the threshold off the training images: (trained on, held out).
+
+    The held-out ones are a share of those with boxes, by hash of their ids: the same for every backbone and
+    seed. Raises UserError when the threshold is to be chosen and no training image has a box.
+    """
+    if not recipe.holdout:
+        return train_set, None
+    boxed = np.array([len(boxes) > 0 for boxes in train_set.boxes or [()] * len(train_set)])
+    order = hash_order(train_set.ids)
+    chosen = order[boxed[order]][: round(recipe.holdout * boxed.sum())]
+    if not len(chosen):
+        if recipe.threshold:
+            return train_set, None
+        raise UserError(
+            f"{train_set.name}: {boxed.sum()} training images have boxes, too few to choose the threshold on; "
+            "--set threshold=0.15 (the paper's)"
+        )
+    rest = np.setdiff1d(np.arange(len(train_set)), chosen)
+    if not len(rest):
+        raise UserError(
+            f"recipe: holdout={recipe.holdout} leaves none of {len(train_set)} images to train on"
+        )
+    return train_set.take(rest), train_set.take(np.sort(chosen))
+
+
+def predict_maps(
+    run: Run,
+    model: Classifier,
+    backbone: Backbone,
+    test_set: ImageSet,
+    held_out: ImageSet | None,
+    device: torch.device,
+) -> tuple[tuple[ScoreMaps, dict], tuple[ScoreMaps, dict] | None]:
+    """The predict stage: `scoremaps.npz` of the test images and `scoremaps_held_out.npz`, written or read back.
+
+    Beside the maps each holds "rank" (n,) of the true class, "logits" float32 (n, k) of the maps' classes and
+    "window" (4,): the part of the image that the maps cover, in shares.
+    """
+    parts = {"scoremaps.npz": test_set} | ({"scoremaps_held_out.npz": held_out} if held_out else {})
+    if not run.done("predict"):
+        with run.stage("predict", files=list(parts)):
+            for file, images in parts.items():
+                maps, more = image_maps(model, images, run.recipe, device, backbone.mean, backbone.std)
+                maps.save(run.folder / file, **more)
+    loaded = [load_maps(run.folder / file) for file in parts]
+    return loaded[0], loaded[1] if held_out else None
+
+
+@torch.inference_mode()
+def image_maps(
+    model: Classifier, images: ImageSet, recipe: WSOLRecipe, device: torch.device, mean, std
+) -> tuple[ScoreMaps, dict[str, np.ndarray]]:
+    """Maps of every image's centre crop (the image squeezed to resize², its central size² kept); see above."""
+    model.to(device).eval()
+    squares = decode_all(images.paths, Fit(recipe.resize, recipe.resize))
+    ids, parts, ranks, logits_of_maps = np.array(images.ids), [], [], []
+    for start in progress(range(0, len(images), recipe.test_batch), desc="score maps", unit="batch", delay=2):
+        now = slice(start, start + recipe.test_batch)
+        crops = np.stack([centre_crop(image, (recipe.size, recipe.size)) for image in squares[now]])
+        labels = torch.from_numpy(images.labels[now]).to(device)
+        with autocast(recipe, device):
+            features = model.trunk(normalise(torch.from_numpy(crops).to(device), mean, std))
+        logits, classes, maps = predict(model, features, labels, recipe.top)
+        ranks.append(true_rank(logits.cpu().numpy(), images.labels[now]))
+        logits_of_maps.append(logits.gather(1, classes).cpu().numpy())
+        parts.append(compact(ids[now], classes.cpu().numpy(), maps.cpu().numpy()))
+    more = {
+        "rank": np.concatenate(ranks),
+        "logits": np.concatenate(logits_of_maps),
+        "window": crop_window(recipe.resize, recipe.size),
+    }
+    return join(parts), more
+
+
+if __name__ == "__main__":
+    run_main(main)
