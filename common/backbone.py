@@ -1,8 +1,8 @@
 """Any ResNet-family checkpoint → a Trunk with exactly its weights, or one line that says why not.
 
-The backbone file (`save_backbone`) is a `torch.save` of plain types and tensors, read with `weights_only=True`: no file
-that is given to this module can run code. Anything short of a full match of the body is refused: a wrong key prefix that
-silently trains a random backbone is the complaint the field knows best.
+The backbone file (`save_backbone`) is a `torch.save` of plain types and tensors, read with `weights_only=True`: no
+file that is given to this module can run code. Anything short of a full match of the body is refused: a wrong key
+prefix that silently trains a random backbone is the complaint the field knows best.
 """
 
 import pickle
@@ -86,8 +86,10 @@ def load_backbone(spec: str, *, arch: str | None = None, name: str | None = None
 
 
 def save_backbone(path: Path | str, classifier: Classifier, **facts: Any) -> None:
-    """Write a backbone file: `facts` (arch, num_classes, method, recipe, seed, data_fingerprint, run_id, epoch, metrics,
-    mean, std, size: plain types) and the state dict under torchvision's names, atomically, equal input to equal bytes.
+    """Write a backbone file: `facts` and the state dict under torchvision's names.
+
+    Facts are plain types: arch, num_classes, method, recipe, seed, data_fingerprint, run_id, epoch, metrics, mean,
+    std, size. The file is written atomically; equal input gives equal bytes.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in classifier.torchvision_state().items()}
     write_atomic(path, lambda file: torch.save({"format": FORMAT, **facts, "state_dict": state}, file))
@@ -220,7 +222,7 @@ def _from_library(kind: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _body(state: dict[str, Tensor], spec: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The body's tensors under torchvision's names: the prefix is found, the classifier and other heads are left out."""
+    """The body's tensors under torchvision's names: the prefix is found, classifier and other heads are left out."""
     prefixes = sorted(
         {k[: -len("conv1.weight")] for k in state if k.endswith("conv1.weight") and ".layer" not in f".{k}"}
     )

@@ -1,8 +1,8 @@
 """Run folders and cells: what a run writes, in which order, and when it counts as finished.
 
 A run goes through three keyed stages, train → predict → score. Each key holds the recipe fields of its stage, the
-fingerprints of its inputs and a protocol number raised by hand when the meaning of a stage changes; so a new score never
-retrains. `cell.json` is written last and atomically: a folder without it is not finished.
+fingerprints of its inputs and a protocol number raised by hand when the meaning of a stage changes; so a new score
+never retrains. `cell.json` is written last and atomically: a folder without it is not finished.
 """
 
 import ast
@@ -125,8 +125,8 @@ class Run:
     ) -> None:
         """Write images.npz, report.json, report.md and, last, cell.json.
 
-        `images` holds "ids" and the per-image statistics from which `common.metrics.rescore` gives `metrics` (fractions;
-        None where a score could not be had, with a note that says why). `cost` is what `train` returned.
+        `images` holds "ids" and the per-image statistics from which `common.metrics.rescore` gives `metrics`
+        (fractions; None where a score could not be had, with a note that says why). `cost` is what `train` returned.
         """
         write_npz(self.folder / "images.npz", **images)
         write_json(self.folder / "report.json", {**report, "notes": self.notes})

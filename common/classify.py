@@ -157,7 +157,7 @@ def predict_logits(
     mean, std = tuple(mean), tuple(std)
     outputs = []
     for start in progress(range(0, len(images), recipe.test_batch), desc="predicting", unit="batch", delay=2):
-        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + recipe.test_batch])).to(device)
+        batch = torch.from_numpy(np.array(images[start : start + recipe.test_batch])).to(device)
         with autocast(recipe, device):
             outputs.append(model(normalise(batch, mean, std)).float())
     return torch.cat(outputs).cpu().numpy()

@@ -19,7 +19,7 @@ R = TypeVar("R", bound="Recipe")
 
 
 def knob(default: Any, help: str, source: str, stage: str = "train", choices: tuple[str, ...] = ()) -> Any:
-    """A recipe field: its default, what it does (with unit), where the value comes from, the stage whose key holds it."""
+    """A recipe field: default, meaning (with unit), source of the value, and the stage whose key holds it."""
     meta = {"help": help, "source": source, "stage": stage, "choices": choices}
     return dataclasses.field(default=default, metadata=meta)
 

@@ -1,8 +1,8 @@
 """Pretraining recipes. Source tags as in common/recipe.py.
 
-`paper`: 300 epochs of ImageNet on 4 GPUs, about 5 days of one A100; ResNet-50 top-1 error 23.68 (baseline), 22.58 (Mixup),
-22.93 (Cutout), 21.40 (CutMix, published version; 21.60 in v1), ±.11–.18 over seeds.
-`tiny`: the embedded world on two CPU cores, about half a minute; top-1 around .9, with CutMix under-trained at this length.
+`paper`: 300 epochs of ImageNet on 4 GPUs; ResNet-50 top-1 error 23.68 (baseline), 22.58 (Mixup), 22.93 (Cutout),
+21.40 (CutMix, published version; 21.60 in v1), ±.11–.18 over seeds.
+`tiny`: the embedded world on two CPU cores, about half a minute; top-1 around .9, CutMix under-trained at this length.
 """
 
 from dataclasses import replace

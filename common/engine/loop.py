@@ -177,7 +177,8 @@ class _Training:
         names = [name for micro in self.micros for name in self.batches[(bad, micro)]["ids"]]
         losses = ", ".join(f"{k}={v:.4g}" for k, v in zip(self.names, self.bad_values.tolist()))
         raise UserError(
-            f"the loss is not finite at iteration {bad} ({losses}); images of that batch: {', '.join(map(str, names))}; "
+            f"the loss is not finite at iteration {bad} ({losses}); images of that batch: "
+            f"{', '.join(map(str, names))}; "
             "look at their annotations, or lower the rate (--set lr=…) or --set clip_grad=10"
         )
 
@@ -270,8 +271,10 @@ def make_optimizer(
 
 
 def make_schedulers(optimizer: Any, recipe: Recipe, images: int) -> list:
-    """mmengine schedulers by iteration: `step`, `constant`, or `one_cycle` (linear rise over `warmup` iterations, or the
-    first 30 % when that is 0, then half a cosine to zero)."""
+    """mmengine schedulers by iteration: `step`, `constant`, or `one_cycle`.
+
+    `one_cycle` rises linearly over `warmup` iterations (0: the first 30 %), then falls to zero as half a cosine.
+    """
     length, warmup = recipe.length(images), recipe.warmup
     if recipe.schedule == "one_cycle":
         warmup = warmup or max(1, int(0.3 * length))
