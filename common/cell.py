@@ -6,9 +6,11 @@ never retrains. `cell.json` is written last and atomically: a folder without it 
 """
 
 import ast
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import time
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,6 +41,9 @@ PACKAGES = (
     "pycocotools",
     "pycocoevalcap",
 )
+
+
+_locks: list[IO] = []
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,8 @@ def open_run(
     for stage in STAGES:
         keys[stage] = previous = digest(previous, inputs[stage])
     if is_main():
+        if record := os.environ.get("BACKBENCH_RECORD"):  # the grid asks where its cell is
+            write_json(record, {"folder": str(folder.absolute())})
         _prepare(folder, keys["train"], inputs["train"], restart)
         write_json(folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs})
         write_json(folder / "provenance.json", provenance(task))
@@ -224,6 +231,14 @@ def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> N
     if restart and (folder / "recipe.json").exists():
         shutil.rmtree(folder)
     make_folder(folder)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another process is at work there; wait for it, or choose another --out"
+        ) from None
+    _locks.append(lock)  # held until this process ends
     if not (folder / "recipe.json").exists():
         return
     old = read_json(folder / "recipe.json")
