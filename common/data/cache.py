@@ -24,14 +24,19 @@ def cache_folder(*parts: str) -> Path:
     return folder
 
 
+def file_stat(path: Path) -> os.stat_result:
+    """The size and times of a file. Raises UserError naming it when it is absent or hidden."""
+    try:
+        return os.stat(path)  # noqa: PTH116 - Path.stat costs twice as much on a million files
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def files_state(paths: Sequence[Path]) -> str:
     """A key of the files' paths, sizes and modification times. UserError naming the first absent file."""
     sha = sha256()
     for path in paths:
-        try:
-            stat = os.stat(path)  # noqa: PTH116 - Path.stat costs twice as much on a million files
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        stat = file_stat(path)
         sha.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return sha.hexdigest()[:32]
 

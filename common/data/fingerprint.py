@@ -5,7 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from common.data.cache import remember
+from common.data.cache import file_stat, remember
 from common.errors import UserError
 from common.files import digest
 
@@ -16,7 +16,7 @@ def fingerprint(settings: Any, ids: Sequence[Any], paths: Sequence[Path], annota
 
     Contents of images are not read; see `content_digest` for that. Memoised where files are read.
     """
-    sizes = [path.stat().st_size for path in paths]
+    sizes = [file_stat(path).st_size for path in paths]
     return digest("set 1", settings, [str(i) for i in ids], sizes, content_digest(annotations))
 
 

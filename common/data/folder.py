@@ -22,9 +22,10 @@ def read_folder(spec: DataSpec, localise: bool = False) -> tuple[ImageSet, Image
     """Read `folder:DIR[,train=][,val=][,boxes=FILE][,boxes_split=val|all][,exclude_boxed=1]`.
 
     Returns (train, test). Classes are the sorted folder names under train/. To classify, the test set is all
-    of val/. With `localise` it is the images that have boxes: those of val/ (`boxes_split=val`, the default where there
-    are any) or of both folders (`all`). An image both in training and scored is refused. `exclude_boxed=1`
-    takes the boxed images of train/ out of training (pretrain with it too), and makes `all` the default.
+    of val/. With `localise` it is the images that have boxes: those of val/ (`boxes_split=val`, the default
+    where there are any) or of both folders (`all`). An image both in training and scored is refused.
+    `exclude_boxed=1` takes the boxed images of train/ out of training (pretrain with it too), and makes `all`
+    the default.
     """
     root = need_folder(spec.path, LAYOUT)
     parts = {part: spec.options.get(part, part) for part in ("train", "val")}

@@ -34,8 +34,8 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     else VOC's 20 in their order when no other name occurs, else the names found, sorted.
 
     Boxes: VOC's corners are 1-based and inclusive, so x0 = xmin − 1, y0 = ymin − 1, x1 = xmax, y1 = ymax is
-    the half-open box in continuous pixels. Boxes that reach outside are clipped, boxes wholly outside or
-    without area (xmin ≥ xmax) dropped; both are in the report. Raises UserError for everything it cannot read.
+    the half-open box in continuous pixels. Boxes that reach outside are clipped, boxes wholly outside
+    or without area (xmin ≥ xmax) dropped; both are in the report. Raises UserError for everything it cannot read.
     """
     years = _years(spec)
     train_split, test_split = spec.options.get("train", "trainval"), spec.options.get("test", "test")
