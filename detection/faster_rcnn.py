@@ -8,7 +8,6 @@ multiples of the stride (there half a cell further).
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
