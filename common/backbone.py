@@ -6,6 +6,7 @@ prefix that silently trains a random backbone is the complaint the field knows b
 """
 
 import pickle
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,7 +159,8 @@ def read_checkpoint(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with _numpy_scalars():
+        with _numpy_scalars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocols of files that are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path) or "GLOBAL" in str(error):

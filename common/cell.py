@@ -43,9 +43,6 @@ PACKAGES = (
 )
 
 
-_locks: list[IO] = []
-
-
 @dataclass(frozen=True)
 class Identity:
     """What a cell is a measurement of; the fields give its place in a results folder."""
@@ -78,6 +75,7 @@ class Run:
     recipe: Recipe
     keys: dict[str, str]
     facts: dict[str, Any]
+    lock: IO | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -211,10 +209,11 @@ def open_run(
     keys, previous = {}, ""
     for stage in STAGES:
         keys[stage] = previous = digest(previous, inputs[stage])
+    lock = None
     if is_main():
         if record := os.environ.get("BACKBENCH_RECORD"):  # the grid asks where its cell is
             write_json(record, {"folder": str(folder.absolute())})
-        _prepare(folder, keys["train"], inputs["train"], restart)
+        lock = _prepare(folder, keys["train"], inputs["train"], restart)
         write_json(folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs})
         write_json(folder / "provenance.json", provenance(task))
     facts: dict[str, Any] = {"inputs": inputs, "skipped_images": skip_bad, "code": code_hash(task)}
@@ -224,10 +223,11 @@ def open_run(
             "fingerprint": backbone.fingerprint,
             "report": backbone.report,
         }
-    return Run(folder, identity, recipe, keys, facts)
+    return Run(folder, identity, recipe, keys, facts, lock)
 
 
-def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> None:
+def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> IO:
+    """Make the folder this process's own; the lock it returns is held as long as it is referenced."""
     if restart and (folder / "recipe.json").exists():
         shutil.rmtree(folder)
     make_folder(folder)
@@ -238,12 +238,11 @@ def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> N
         raise UserError(
             f"{folder}: another process is at work there; wait for it, or choose another --out"
         ) from None
-    _locks.append(lock)  # held until this process ends
     if not (folder / "recipe.json").exists():
-        return
+        return lock
     old = read_json(folder / "recipe.json")
     if old["keys"]["train"] == key:
-        return
+        return lock
     changed = _differences(old["inputs"]["train"], inputs)
     raise UserError(
         f"{folder}: holds a run with {'; '.join(changed[:4])}; choose another --out, or --restart to replace it"

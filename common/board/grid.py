@@ -1,8 +1,8 @@
 """The grid: cells as command lines, run one after the other; a finished one is recognised without starting it.
 
-`common` never imports a task: a cell is `python -m detection.finetune …` in a process of its own, so that one that fails
-or dies takes nothing with it. Each job leaves a stamp of all it depends on (command, code, data, backbone file); a job
-whose stamp is unchanged and whose cell is there is done.
+`common` never imports a task: a cell is `python -m detection.finetune …` in a process of its own, so that one that
+fails or dies takes nothing with it. Each job leaves a stamp of all it depends on (command, code, data, backbone
+file); a job whose stamp is unchanged and whose cell is there is done.
 """
 
 import ctypes
@@ -158,7 +158,7 @@ def run_jobs(jobs: list[Job], records: Path) -> list[Outcome]:
         if not ok:
             print(f"{head}: failed with exit code {code}; run again to try it again", flush=True)
         outcomes.append(Outcome(job, "done" if ok else "failed", time.monotonic() - began))
-        if code in (75, 130) or code < 0 and -code in (signal.SIGINT, signal.SIGTERM):
+        if code in (75, 130) or (code < 0 and -code in (signal.SIGINT, signal.SIGTERM)):
             raise SystemExit(75)  # the user or a scheduler stopped the cell: stop here, to be continued
     return outcomes
 

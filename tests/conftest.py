@@ -1,0 +1,43 @@
+"""Tiny data for all rooms, written by fixtures; caches go to a folder of the test session."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the suite's networks are too small to share among threads
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """All caches (rendered world, decoded images, references) in one folder that lives as long as the session."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["BACKBENCH_CACHE"] = str(folder)
+    os.environ["BACKBENCH_QUIET"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
+    return folder
+
+
+def write_class_folders(
+    root: Path, per_class: int = 6, classes: tuple[str, ...] = ("cat", "dog", "fox"), side: int = 40
+):
+    """ImageFolder data: train/CLASS/N.jpg and val/CLASS/N.jpg; a class is a colour."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                image = rng.integers(0, 90, (side, side + 8, 3)).astype(np.uint8)
+                image[..., label % 3] += 120
+                cv2.imwrite(str(folder / f"{number}.jpg"), image)
+    return root
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory):
+    """A folder of 3 classes × 6 images a split."""
+    return write_class_folders(tmp_path_factory.mktemp("classes"))

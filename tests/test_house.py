@@ -1,0 +1,40 @@
+"""The walls: who may import whom, and where the two slow-moving libraries may stand."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("pretrain", "detection", "captioning", "wsol")
+FILES = [path for room in (*TASKS, "common") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_common_and_themselves(path):
+    room = path.relative_to(ROOT).parts[0]
+    assert not imported(path) & (set(TASKS) - {room})
+
+
+def test_slow_libraries_stand_behind_a_fence():
+    assert [str(p.relative_to(ROOT)) for p in FILES if "mmengine" in imported(p)] == ["common/engine/loop.py"]
+    assert len([p for p in FILES if "albumentations" in imported(p)]) <= 3
+    assert len([p for p in FILES if "pycocoevalcap" in imported(p)]) <= 1
+
+
+def test_no_file_sets_a_path_of_a_machine():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "/home/" not in text and "/work/" not in text, path
