@@ -105,7 +105,7 @@ def boxes_file(root: Path, rows, header="path,x0,y0,x1,y1") -> Path:
     return path
 
 
-def test_folder(imagefolder):
+def test_folder(imagefolder, monkeypatch):
     (imagefolder / "train" / "cat" / "notes.txt").write_text("x")
     train, test = open_classification(f"folder:{imagefolder}")
     assert (train.name, train.classes, len(train), len(test)) == ("pets", ["cat", "dog"], 8, 4)
@@ -114,6 +114,9 @@ def test_folder(imagefolder):
     assert train.report == ["1 × file that is no image: ignored (first: train/cat/notes.txt)"]
     assert train.fingerprint != test.fingerprint and train.boxes is None
     assert open_classification(f"folder:{imagefolder},name=my pets")[0].name == "my-pets"
+    monkeypatch.chdir(imagefolder)
+    here, _ = open_classification("folder:.")
+    assert (here.name, here.ids, here.fingerprint) == ("pets", train.ids, train.fingerprint)
 
 
 def test_folder_bad_layouts(imagefolder, tmp_path):
@@ -128,6 +131,8 @@ def test_folder_bad_layouts(imagefolder, tmp_path):
     fails(opened(picture(tmp_path / "a.png")), "is a file")
     fails(opened(imagefolder / "train"), "no train/ folder (found: cat/, dog/)")
     fails(opened(imagefolder, val="test"), "no test/ folder (found: train/, val/)", "val=")
+    fails(opened(imagefolder, val="train"), "two folders below")
+    fails(opened(imagefolder, val=imagefolder / "val"), "val=/", "two folders below")
     (imagefolder / "train" / "emu").mkdir()
     fails(opened(imagefolder), "train/emu", "class folder with no image (found: nothing)")
     (imagefolder / "train" / "emu").rmdir()
@@ -391,11 +396,12 @@ def test_voc_box_rules(tmp_path):
             ("cell", (30, 1, 40, 5), 0),
             ("cell", (9, 3, 4, 8), 0),
             ("cell", (4, 3, 4, 8), 0),
-            ("cell", (2.5, 3, 4, 8), 0),
+            ("worm", (2.5, 3, 4, 8), 1),
         ]
     )
     train, _ = open_detection(f"voc:{one_folder(tmp_path, text)}")
     assert train.boxes[0].tolist() == [[0, 0, 5, 5], [14, 4, 20, 10], [1.5, 2, 4, 8]]
+    assert train.labels[0].tolist() == [0, 0, 1] and train.difficult[0].tolist() == [False, False, True]
     assert train.report == [
         "1 × object without <difficult>: taken as not difficult (first: a.xml object 1)",
         "1 × box with xmin > xmax or ymin > ymax: dropped (first: a.xml object 4)",
@@ -441,6 +447,7 @@ def test_voc_bad_xml(tmp_path, text, parts):
 def test_voc_bad_layouts(tmp_path):
     root = one_folder(tmp_path)
     fails(lambda: open_detection(f"voc:{root},classes=worm"), "a.xml", "object 1", "class 'cell'", "['worm']")
+    fails(lambda: open_detection(f"voc:{root},classes=cell+cell"), "doubled")
     fails(lambda: open_detection(f"voc:{root},train=trian"), "'trian'", "has: test, trainval")
     fails(lambda: open_detection(f"voc:{root},year=2007"), "year= is for a VOCdevkit")
     fails(lambda: open_detection(f"voc:{root / 'JPEGImages'}"), "found: a.jpg, b.jpg, c.jpg", "JPEGImages/")

@@ -1,7 +1,6 @@
 """Data sets by one spec: `open_*` reads annotations and checks images, and decodes nothing."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from common.data.captions import read_captions
@@ -104,7 +103,7 @@ def _open(
 
 
 def _checked(part: AnySet, skip_bad: bool) -> AnySet:
-    bad = check_images([Path(path) for path in part.paths], skip_bad)
+    bad = check_images(part.paths, skip_bad)
     if len(bad) == len(part):
         raise UserError(f"{part.paths[0]}: none of the {len(part)} images of {part.name} can be read")
     return part.without(bad)

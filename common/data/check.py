@@ -20,8 +20,8 @@ def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
     Without `skip_bad` the first of them raises UserError, with their count. Only an image whose tail lacks
     its format's end mark (and formats without one) is decoded. Memoised by path, size and modification time.
     """
-    absent = [i for i, path in enumerate(paths) if not Path(path).is_file()]
-    present = [i for i in range(len(paths)) if i not in set(absent)]
+    absent = [i for i, path in enumerate(paths) if not path.is_file()]
+    present = sorted(set(range(len(paths))) - set(absent))
     files = [paths[i] for i in present]
     faults = [(i, "no such file") for i in absent]
 

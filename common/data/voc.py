@@ -43,6 +43,8 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     train_raw = _read_split(years, train_split)
     test_raw = _read_split(tested, test_split)
     given = spec.options["classes"].split("+") if "classes" in spec.options else None
+    if given and (len(set(given)) < len(given) or "" in given):
+        raise UserError(f"--data {spec}: classes= has an empty or a doubled name")
     classes = given or _discover([train_raw, test_raw])
     name = short_name(spec.options.get("name") or _default_name(years))
     train, test = (_build(name, raw, classes, given) for raw in (train_raw, test_raw))
