@@ -1,0 +1,291 @@
+"""Intervals and paired differences from per-image statistics: variance components with a t, no model run again.
+
+A score is a mean over runs (pretraining seeds, fine-tuning seeds) measured on one sample of test images. Its variance
+has a part for the runs and a part for the images. The images' part comes from resampling them (a bootstrap whose draws
+are the same for every backbone); of that, what differs between runs (seed × image) is already in the spread of the
+runs and is taken out, so that nothing counts twice. The interval is estimate ± t · standard error with Satterthwaite's
+degrees of freedom. A percentile bootstrap over few seeds would be far too short: 74 % coverage at 3 seeds.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+IMAGES, CHECKPOINT, METHOD = "test images only", "this checkpoint", "this method"
+LEVELS = (IMAGES, CHECKPOINT, METHOD)  # from the weakest claim to the strongest
+CONFIDENCE, POWER = 0.95, 0.8
+FEWEST_PRETRAININGS = 3  # for a claim about a method
+RULE_OF_THREE = 3.0  # 95 % upper limit of a share is 3/n when none of n images shows it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The runs of one row in one column, for one metric.
+
+    `pretrainings`, `seeds`: a label a run, (m,). `values`: float (m,), the scores. `replicates`: float (m, R), the
+    scores under R resamplings of the `images` test images, the same for every run.
+    """
+
+    pretrainings: tuple[Hashable, ...]
+    seeds: tuple[int, ...]
+    values: np.ndarray
+    replicates: np.ndarray
+    images: int
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Interchangeable units whose spread is measured: `labels` (k,), `values` (k,), `deviations` (k, R)."""
+
+    labels: tuple[Hashable, ...]
+    values: np.ndarray
+    deviations: np.ndarray  # replicates less values
+    share: float  # its weight in the estimate
+
+
+@dataclass(frozen=True)
+class Score:
+    """An estimate with its 95 % interval. `parts`: standard deviations by source, where they can be had."""
+
+    value: float
+    low: float
+    high: float
+    se: float
+    df: float
+    level: str
+    seeds: int
+    pretrainings: int
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference to the baseline, with its 95 % interval.
+
+    `better`: probability that the row is better, of the same t. `p`: two-sided; `p_holm`: adjusted over the columns.
+    `detectable`: the smallest true difference that such data show with 80 % probability. `blocked`: the runs were
+    paired seed by seed. Correlations are those that pairing gave: over images, and over blocked seeds from 3 on.
+    """
+
+    value: float
+    low: float
+    high: float
+    se: float
+    df: float
+    level: str
+    better: float
+    p: float
+    detectable: float
+    blocked: bool
+    image_correlation: float | None
+    seed_correlation: float | None
+    p_holm: float | None = None
+
+
+def draw_weights(
+    n: int, replicates: int, rng: np.random.Generator, cells: int = 8_000_000
+) -> Iterator[np.ndarray]:
+    """Bootstrap draws of n images as counts: float64 (r, n) blocks, together (replicates, n), each row summing to n.
+
+    A block holds at most `cells` numbers, so that any n fits into memory; equal (n, cells) give equal draws.
+    """
+    rows = max(1, min(replicates, cells // n))
+    for start in range(0, replicates, rows):
+        now = min(rows, replicates - start)
+        drawn = rng.integers(0, n, (now, n)) + n * np.arange(now)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=now * n).reshape(now, n).astype(np.float64)
+
+
+def level(sample: Sample) -> str:
+    """What a claim from these runs is about.
+
+    METHOD from 3 pretraining seeds on; CHECKPOINT when every pretraining has at least 2 fine-tuning seeds; else
+    IMAGES: chance in training is not in the interval.
+    """
+    counts = _runs_of(sample)
+    if len(counts) >= FEWEST_PRETRAININGS:
+        return METHOD
+    return CHECKPOINT if min(map(len, counts.values())) >= 2 else IMAGES
+
+
+def _runs_of(sample: Sample) -> dict[Hashable, list[int]]:
+    """Indices of the runs of each pretraining."""
+    runs: dict[Hashable, list[int]] = {}
+    for index, pretraining in enumerate(sample.pretrainings):
+        runs.setdefault(pretraining, []).append(index)
+    return runs
+
+
+def strata(sample: Sample) -> list[Stratum]:
+    """Units whose spread stands for chance in training: pretrainings from 3 on, else the seeds within each."""
+    runs = _runs_of(sample)
+    deviations = sample.replicates - sample.values[:, None]
+    if len(runs) >= FEWEST_PRETRAININGS:
+        values = np.array([sample.values[index].mean() for index in runs.values()])
+        means = np.stack([deviations[index].mean(0) for index in runs.values()])
+        return [_sorted(tuple(runs), values, means, 1.0)]
+    return [
+        _sorted(tuple(sample.seeds[i] for i in index), sample.values[index], deviations[index], 1 / len(runs))
+        for index in runs.values()
+    ]
+
+
+def _sorted(labels: tuple, values: np.ndarray, deviations: np.ndarray, share: float) -> Stratum:
+    order = sorted(range(len(labels)), key=lambda i: (str(type(labels[i])), labels[i]))
+    return Stratum(tuple(labels[i] for i in order), values[order], deviations[order], share)
+
+
+def standard_error(parts: Sequence[Stratum], images: int) -> tuple[float, float]:
+    """Standard error and Satterthwaite's degrees of freedom of Σ share · mean of each stratum.
+
+    A stratum's term is share² · s² / k with k − 1 degrees of freedom, s² the variance of its values, which holds the
+    seed and the seed × image part; s² is not let below the seed × image part that resampling shows. The images' term
+    is the bootstrap variance of the estimate less each stratum's share of seed × image, with n − 1 degrees. A stratum
+    of one unit has no term: its spread is unknown, and the claim is about test images only.
+    """
+    correction = images / max(1, images - 1)  # a resample's variance is (n − 1)/n of the unbiased one
+    total = sum(part.share * part.deviations.mean(0) for part in parts)
+    image = correction * total.var()
+    terms = []
+    for part in parts:
+        k = len(part.values)
+        if k < 2:
+            continue
+        interaction = correction * part.deviations.var(0, ddof=1).mean()
+        spread = max(part.values.var(ddof=1), interaction)
+        terms.append((part.share**2 * spread / k, k - 1))
+        image -= part.share**2 * interaction / k
+    image = max(0.0, image)
+    replicates = len(total)
+    terms.append((image, 1 / (1 / max(1, images - 1) + 1 / max(1, replicates - 1))))
+    variance = sum(term for term, _ in terms)
+    if variance <= 0:
+        return 0.0, float(max(1, images - 1))
+    return float(np.sqrt(variance)), float(variance**2 / sum(term**2 / df for term, df in terms))
+
+
+def score(sample: Sample, upper: float = 1.0) -> Score | None:
+    """The mean of the runs with its interval, kept within [0, upper]. None when resampling left too few scores.
+
+    Where no resampling moves the score (every image right, or none) the interval reaches 3/n into the range.
+    """
+    sample = finite(sample)
+    if sample is None:
+        return None
+    parts = strata(sample)
+    value = float(sum(part.share * part.values.mean() for part in parts))
+    se, df = standard_error(parts, sample.images)
+    half = _half_width(se, df, sample.images)
+    return Score(
+        value=value,
+        low=max(0.0, value - half),
+        high=min(upper, value + half),
+        se=se,
+        df=df,
+        level=level(sample),
+        seeds=len(sample.values),
+        pretrainings=len(set(sample.pretrainings)),
+        parts=components(sample),
+    )
+
+
+def _half_width(se: float, df: float, images: int) -> float:
+    return float(student.ppf((1 + CONFIDENCE) / 2, df) * se) if se else RULE_OF_THREE / images
+
+
+def finite(sample: Sample, share: float = 0.95) -> Sample | None:
+    """The sample without resamplings that gave NaN in any run; None when less than `share` of them are left."""
+    good = np.isfinite(sample.replicates).all(0)
+    if not np.isfinite(sample.values).all() or good.mean() < share:
+        return None
+    return Sample(sample.pretrainings, sample.seeds, sample.values, sample.replicates[:, good], sample.images)
+
+
+def components(sample: Sample) -> dict[str, float]:
+    """Standard deviations of one run's score by source: "test images", "fine-tuning", "pretraining".
+
+    Fine-tuning is pooled within pretrainings; what lies between pretrainings beyond it is pretraining (0 when it
+    comes out negative). A source without two units to compare is left out.
+    """
+    runs = _runs_of(sample)
+    deviations = sample.replicates - sample.values[:, None]
+    correction = sample.images / max(1, sample.images - 1)
+    image = deviations.mean(0).var()
+    if len(sample.values) > 1:
+        image -= deviations.var(0, ddof=1).mean() / len(sample.values)
+    parts = {"test images": float(np.sqrt(max(0.0, correction * image)))}
+    counts = np.array([len(index) for index in runs.values()])
+    within = 0.0
+    if (counts > 1).any():
+        squares = sum(((sample.values[i] - sample.values[i].mean()) ** 2).sum() for i in runs.values())
+        within = squares / (counts - 1).sum()
+        parts["fine-tuning"] = float(np.sqrt(within))
+    if len(runs) > 1 and (counts > 1).all():
+        between = np.var([sample.values[index].mean() for index in runs.values()], ddof=1)
+        parts["pretraining"] = float(np.sqrt(max(0.0, between - within * (1 / counts).mean())))
+    return parts
+
+
+def difference(row: Sample, baseline: Sample) -> Difference | None:
+    """`row` less `baseline`, paired by test images and, where both have the same seeds, by seeds too.
+
+    Both must hold scores of the same images under the same resamplings: the caller sees to equal ids (ValueError when
+    even the counts differ). None when resampling left too few scores.
+    """
+    if row.images != baseline.images or row.replicates.shape[1] != baseline.replicates.shape[1]:
+        raise ValueError("a paired difference needs the same test images and resamplings")
+    good = np.isfinite(row.replicates).all(0) & np.isfinite(baseline.replicates).all(0)
+    pair = [
+        Sample(s.pretrainings, s.seeds, s.values, s.replicates[:, good], s.images) for s in (row, baseline)
+    ]
+    if good.mean() < 0.95 or not all(np.isfinite(s.values).all() for s in pair):
+        return None
+    ours, theirs = map(strata, pair)
+    blocked = [s.labels for s in ours] == [s.labels for s in theirs]
+    if blocked:
+        parts = [
+            Stratum(a.labels, a.values - b.values, a.deviations - b.deviations, a.share)
+            for a, b in zip(ours, theirs)
+        ]
+    else:
+        parts = ours + [Stratum(b.labels, b.values, b.deviations, -b.share) for b in theirs]
+    value = float(sum(part.share * part.values.mean() for part in parts))
+    se, df = standard_error(parts, row.images)
+    half = _half_width(se, df, row.images)
+    statistic = value / se if se else 0.0
+    return Difference(
+        value=value,
+        low=value - half,
+        high=value + half,
+        se=se,
+        df=df,
+        level=min(map(level, pair), key=LEVELS.index),
+        better=float(student.cdf(statistic, df)),
+        p=float(2 * student.sf(abs(statistic), df)),
+        detectable=half + float(student.ppf(POWER, df) * se),
+        blocked=blocked and any(len(s.labels) > 1 for s in ours),
+        image_correlation=_correlation(
+            *(sum(s.share * s.deviations.mean(0) for s in side) for side in (ours, theirs))
+        ),
+        seed_correlation=_correlation(ours[0].values, theirs[0].values)
+        if blocked and len(ours) == 1 and len(ours[0].values) > 2
+        else None,
+    )
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale > 0 else None
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Scandinavian Journal of Statistics, 1979), in the order given."""
+    p = np.asarray(p, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    result = np.empty(len(p))
+    result[order] = np.minimum(1.0, adjusted)
+    return result.tolist()
