@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -218,25 +218,26 @@ class Meteor:
     def __init__(self, timeout: float = 120.0) -> None:
         self._timeout = timeout
         self._java: JavaLines | None = None
+        self._known: set[str] = set()
 
-    def start(self, text: Sequence[str] = ()) -> None:
-        """Start Java in the background. Raises JavaError when it is not there.
+    def start(self, text: Iterable[str]) -> None:
+        """Start Java, loading the paraphrases of the words of `text`; returns while it still loads.
 
-        `text` is sentences that hold every word of the captions and references to come: METEOR then loads only their
-        paraphrases. Without it the whole table is loaded.
+        Sentences with other words later make it start anew. Raises JavaError when Java is not there.
         """
-        if self._java is None:
+        wanted = paraphrases.pieces(text)
+        if self._java is None or not wanted <= self._known:
+            self.close()
             find_java()
-            jar = _jar("meteor", "meteor-1.5.jar")
-            arguments = ["-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
-            if text:
-                arguments += ["-a", str(_paraphrase_table(paraphrases.pieces(text)))]
+            jar, self._known = _jar("meteor", "meteor-1.5.jar"), self._known | wanted
+            table = _paraphrase_table(self._known)
+            arguments = ["-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm", "-a", str(table)]
             self._java = JavaLines("METEOR", arguments, self._timeout)
         self._java.start()
 
     def __call__(self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         """METEOR's statistics (n, 23) of n tokenised captions, each at its best reference. Raises JavaError."""
-        self.start()
+        self.start(sentence for part in [hypotheses, *references] for sentence in part)
         lines = [
             " ||| ".join(["SCORE", *map(_plain, refs), _plain(hyp)])
             for hyp, refs in zip(hypotheses, references)
@@ -273,11 +274,13 @@ def _paraphrase_table(wanted: set[str]) -> Path:
     return path
 
 
-def tokenize_references(references: Sequence[Sequence[str]], tokenizer: str, tokenize) -> list[list[str]]:
-    """Each image's references through `tokenize`, kept in the cache folder under their content and `tokenizer`."""
+def tokenize_references(
+    references: Sequence[Sequence[str]], name: str, tokenize: Callable[[Sequence[str]], list[str]]
+) -> list[list[str]]:
+    """Each image's references through `tokenize`, kept in the cache folder under their content and its `name`."""
     flat = [sentence for image in references for sentence in image]
     try:
-        path = cache_folder("tokens") / f"{digest('tokens 1', tokenizer, flat)}.json"
+        path = cache_folder("tokens") / f"{digest('tokens 1', name, flat)}.json"
     except UserError:
         path = None
     if path and path.exists():

@@ -1,0 +1,127 @@
+"""Score anyone's captions: COCO caption annotations against COCO caption results.
+
+    python captioning/evaluate.py --annotations captions_val.json --results results.json --json scores.json
+
+results.json is a list of {"image_id", "caption"}, one entry for every annotated image.
+"""
+
+if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from captioning.scoring import Scorer
+from common.errors import UserError, run_main
+from common.files import read_json, write_json
+from common.metrics.captions import NAMES, per_image, rescore
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read both files, score, print the table; write JSON where asked."""
+    args = arguments().parse_args(argv)
+    references = read_annotations(args.annotations)
+    captions = read_results(args.results, references, args.annotations)
+    with Scorer(list(references.values()), args.tokenizer) as scorer:
+        images = scorer.statistics(list(captions.values()))
+    scores = {name: float(value[0]) for name, value in rescore(images).items()}
+    for name in NAMES:
+        print(f"{name:8} {f'{100 * scores[name]:6.2f}' if name in scores else '   n/a'}")
+    print(f"{len(captions)} images; scores × 100; " + "; ".join(scorer.notes))
+    if args.json:
+        write_json(args.json, {name: scores.get(name) for name in NAMES})
+    if args.per_image:
+        single = per_image(images)
+        rows = [
+            {"image_id": key, "caption": caption, **{n: float(single[n][i]) for n in NAMES if n in single}}
+            for i, (key, caption) in enumerate(captions.items())
+        ]
+        write_json(args.per_image, rows)
+    return 0
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--annotations", type=Path, required=True, help="COCO caption annotations: the references"
+    )
+    made.add_argument(
+        "--results", type=Path, required=True, help='the captions: [{"image_id": …, "caption": …}, …]'
+    )
+    made.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the scores as fractions (pycocoevalcap's scale)"
+    )
+    made.add_argument("--per-image", type=Path, metavar="FILE", help="write every image's scores")
+    made.add_argument(
+        "--tokenizer",
+        choices=("auto", "ptb", "plain"),
+        default="auto",
+        help="ptb (through Java), plain (nltk's Treebank rules), or ptb where there is Java (default)",
+    )
+    return made
+
+
+def read_annotations(path: Path) -> dict[Any, list[str]]:
+    """Image id → its reference captions. Raises UserError when the file is not COCO caption annotations."""
+    content = read_json(path)
+    entries = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: has no list 'annotations'; expected COCO caption annotations")
+    references: dict[Any, list[str]] = {}
+    for key, caption in _entries(entries, f"{path}: annotations"):
+        references.setdefault(key, []).append(caption)
+    if not references:
+        raise UserError(f"{path}: 'annotations' is empty, there is nothing to score against")
+    return references
+
+
+def read_results(path: Path, references: dict[Any, list[str]], annotations: Path) -> dict[Any, str]:
+    """Image id → caption, in the order of `references`.
+
+    Raises UserError for a file of another kind, and for images that are unknown, missing or doubled.
+    """
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise UserError(
+            f'{path}: holds a {type(content).__name__}, expected a list of {{"image_id", "caption"}}'
+        )
+    if not content:
+        raise UserError(f"{path}: holds no captions")
+    captions: dict[Any, str] = {}
+    doubled, unknown = [], []
+    for key, caption in _entries(content, f"{path}: entry"):
+        if key in captions:
+            doubled.append(key)
+        elif key not in references:
+            unknown.append(key)
+        captions[key] = caption
+    missing = [key for key in references if key not in captions]
+    for what, keys in (
+        (f"not in {annotations}", unknown),
+        ("given twice", doubled),
+        (f"of {annotations} without a caption", missing),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(
+                f"{path}: image {', '.join(map(str, keys[:3]))}{more} {what}; every image needs one caption"
+            )
+    return {key: captions[key] for key in references}
+
+
+def _entries(entries: list[Any], where: str):
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
+            raise UserError(f"{where} {number} has no 'image_id'")
+        if not isinstance(entry.get("caption"), str):
+            raise UserError(f"{where} {number} (image {entry['image_id']}) has no text under 'caption'")
+        yield entry["image_id"], entry["caption"]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,247 @@
+"""Train NIC captioning on a backbone's features and score it: BLEU, METEOR, ROUGE-L, CIDEr.
+
+    python captioning/finetune.py --backbone runs/cutmix/cutmix.pt --data captions:images=DIR,train=A.json,val=B.json
+    python captioning/finetune.py --backbone resnet50.pth --data captions:COCO --recipe paper
+
+Without --data it uses the embedded world. The same command goes on where an interrupted one stopped.
+"""
+
+if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from captioning.beam import beam_search
+from captioning.data import CaptionItems, centre_crops, pooled_features
+from captioning.nic import NIC
+from captioning.recipes import RECIPES, CaptionRecipe
+from captioning.report import as_markdown, make_report
+from captioning.scoring import Scorer
+from captioning.vocabulary import END, PAD, START, UNK, Vocabulary, build_vocabulary, words_of
+from common.backbone import Backbone, load_backbone
+from common.cell import Run, add_backbone_arguments, open_run
+from common.data import open_captions
+from common.data.thumbnails import write_thumbnails
+from common.data.types import CaptionSet
+from common.engine import INIT, autocast, is_main, pick_device, torch_seed, train
+from common.errors import UserError, run_main
+from common.files import read_json, write_json
+from common.metrics import rescore
+from common.progress import progress
+from common.recipe import label, override, parser
+
+TASK, MODEL = "captioning", "nic"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Arguments → recipe → data → backbone → features → training → captions → scores, cell."""
+    args = arguments().parse_args(argv)
+    recipe = override(RECIPES[args.recipe], args.set)
+    spec = args.data or ("scenes:size=smoke" if args.recipe == "smoke" else "scenes")
+    if not args.data:
+        print(f"no --data: using the embedded world ({spec})")
+    device = pick_device(args.device)
+    train_set, test_set = open_captions(spec, args.limit or None, args.skip_bad)
+    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed)
+    run = open_run(
+        args.out,
+        task=TASK,
+        data=test_set.name,
+        model=MODEL,
+        recipe=recipe,
+        recipe_label=label(args.recipe, args.set),
+        backbone=backbone,
+        seed=args.seed,
+        train_fingerprint=train_set.fingerprint,
+        test_fingerprint=test_set.fingerprint,
+        limit=args.limit,
+        restart=args.restart,
+        skip_bad=len(train_set.skipped) + len(test_set.skipped),
+    )
+    if run.finished:
+        print(f"finished already: {run.folder}")
+        return 0
+    for line in (*train_set.report, *test_set.report):
+        run.note(f"data: {line}")
+    words = [[words_of(caption, recipe.punctuation) for caption in image] for image in train_set.captions]
+    vocabulary = build_vocabulary((w for image in words for w in image), recipe.threshold, recipe.punctuation)
+    model, cost = train_nic(run, backbone, train_set, words, vocabulary, args, device)
+    if is_main():
+        vocabulary.save(run.folder / "vocabulary.json")
+        write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths)
+        with Scorer(test_set.captions, recipe.tokenizer) as scorer:
+            constant = Counter(" ".join(w) for image in words for w in image).most_common(1)[0][0]
+            scorer.start([*vocabulary.words, constant])
+            predict(run, model, backbone, vocabulary, test_set, device)
+            score(run, scorer, test_set, constant, len(vocabulary), device, cost)
+    return 0
+
+
+def arguments():
+    """The command line of this script."""
+    made = parser(__doc__, RECIPES, default="tiny")
+    add_backbone_arguments(made)
+    made.add_argument(
+        "--data",
+        metavar="KIND:PATH",
+        help="captions:images=DIR,train=A.json,val=B.json in COCO's caption format, captions:DIR in COCO's layout, "
+        "or scenes, the embedded world (default)",
+    )
+    return made
+
+
+def train_nic(
+    run: Run,
+    backbone: Backbone,
+    train_set: CaptionSet,
+    words: list[list[list[str]]],
+    vocabulary: Vocabulary,
+    args: Any,
+    device: torch.device,
+) -> tuple[NIC, dict[str, Any]]:
+    """Train NIC: on features of the frozen encoder, and on images where the encoder is trained. → model, cost.
+
+    A scratch encoder is trained from the first step, batch norm included; `encoder_epochs` makes a second phase for
+    any other, its batch norm frozen.
+    """
+    recipe, began = run.recipe, time.monotonic()
+    common = {"folder": run.folder, "key": run.keys["train"], "seed": args.seed, "device": device}
+    common |= {"workers": args.workers, "desc": f"NIC {backbone.name}"}
+    if backbone.scratch:
+        size = recipe.crop(True)[1]
+        run.note(f"scratch: the encoder is trained with the captions, on {size} px images, batch norm too")
+        model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=True)
+        items = CaptionItems(train_set, words, vocabulary, recipe, crop=recipe.crop(True))
+        return model, train(model, step, items, recipe, groups=groups(model, recipe), **common)
+    features = pooled_features(backbone, train_set.paths, recipe, device, recipe.views)
+    encoding = time.monotonic() - began
+    model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=False)
+    items = CaptionItems(train_set, words, vocabulary, recipe, features=features)
+    cost = train(model, step, items, recipe, **common)
+    cost = {**cost, "seconds": round(cost["seconds"] + encoding, 2)}
+    if recipe.encoder_epochs <= 0:
+        return model, cost
+    first = model.state_dict()
+    model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=True)
+    model.load_state_dict(first, strict=False)
+    model.trunk.freeze_bn()
+    second = replace(recipe, epochs=recipe.encoder_epochs, iterations=0, lr=recipe.lr * recipe.second_lr)
+    items = CaptionItems(train_set, words, vocabulary, recipe, crop=recipe.crop(False))
+    common |= {"folder": run.folder / "second", "key": f"{run.keys['train']}-second"}
+    common["folder"].mkdir(exist_ok=True)
+    more = train(model, step, items, second, groups=groups(model, recipe), **common)
+    for name in ("seconds", "iterations", "images"):
+        cost[name] += more[name]
+    return model, {**cost, "peak_memory_mb": max(cost["peak_memory_mb"], more["peak_memory_mb"])}
+
+
+def make_model(
+    recipe: CaptionRecipe, backbone: Backbone, vocabulary: Vocabulary, seed: int, *, with_trunk: bool
+) -> NIC:
+    """NIC with initial weights drawn from `seed`."""
+    torch.manual_seed(torch_seed(INIT, seed))
+    return NIC(
+        backbone.trunk.channels["layer4"],
+        len(vocabulary),
+        embed=recipe.embed,
+        hidden=recipe.hidden,
+        dropout=recipe.dropout,
+        feature_bn=recipe.feature_bn,
+        trunk=backbone.trunk if with_trunk else None,
+        mean=backbone.mean,
+        std=backbone.std,
+    )
+
+
+def groups(model: NIC, recipe: CaptionRecipe) -> list[dict[str, Any]]:
+    """Parameter groups: the rest of NIC, and the encoder at its own rate."""
+    encoder = [p for p in model.trunk.parameters() if p.requires_grad]
+    inside = {id(p) for p in model.trunk.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    return [{"params": rest}, {"params": encoder, "lr": recipe.encoder_lr}]
+
+
+def step(model: torch.nn.Module, batch: dict[str, Any], _: Any) -> dict[str, torch.Tensor]:
+    """One training step: the mean loss of a word."""
+    return {"loss": model(batch["inputs"], batch["captions"])}
+
+
+@torch.inference_mode()
+def predict(
+    run: Run,
+    model: NIC,
+    backbone: Backbone,
+    vocabulary: Vocabulary,
+    test_set: CaptionSet,
+    device: torch.device,
+) -> None:
+    """Write predictions.json, COCO's caption results: a list of {"image_id", "caption"}."""
+    if run.done("predict"):
+        return
+    recipe = run.recipe
+    banned = [PAD, START] if recipe.emit_unk else [PAD, START, UNK]
+    with run.stage("predict", files=["predictions.json", "vocabulary.json"]):
+        if model.trunk is None:
+            features = pooled_features(backbone, test_set.paths, recipe, device, 1)[:, 0]
+            blocks = (features[i : i + recipe.test_batch] for i in range(0, len(features), recipe.test_batch))
+        else:
+            blocks = centre_crops(test_set.paths, recipe.crop(backbone.scratch), recipe.test_batch)
+        model.to(device).eval()
+        captions: list[str] = []
+        for block in progress(blocks, desc="captioning", unit="batch", delay=2):
+            inputs = torch.from_numpy(block.copy()).to(device)
+            with autocast(recipe, device):
+                state = model.start(inputs)
+            numbers, _ = beam_search(
+                model.advance, state, len(inputs), recipe.search, start=START, end=END, banned=banned
+            )
+            captions += [vocabulary.decode(row) for row in numbers.tolist()]
+        results = [{"image_id": int(i), "caption": c} for i, c in zip(test_set.ids, captions)]
+        write_json(run.folder / "predictions.json", results)
+
+
+def score(
+    run: Run,
+    scorer: Scorer,
+    test_set: CaptionSet,
+    constant: str,
+    vocabulary: int,
+    device: torch.device,
+    cost: dict[str, Any],
+) -> None:
+    """Score predictions.json and the constant caption by the same evaluator; write the cell."""
+    captions = [entry["caption"] for entry in read_json(run.folder / "predictions.json")]
+    if len(captions) != len(test_set):
+        raise UserError(f"{run.folder / 'predictions.json'}: changed by hand? delete it and run again")
+    images = scorer.statistics(captions)
+    constant_images = scorer.statistics([constant] * len(test_set))
+    for line in scorer.notes:
+        run.note(line)
+    metrics: dict[str, float | None] = {k: float(v[0]) for k, v in rescore(TASK, images).items()}
+    metrics.setdefault("METEOR", None)
+    chance = {k: float(v[0]) for k, v in rescore(TASK, constant_images).items()}
+    report = make_report(metrics, chance, images, captions, constant, scorer, test_set, vocabulary)
+    run.finish(
+        metrics=metrics,
+        chance=chance,
+        primary="CIDEr",
+        images={"ids": np.array([str(i) for i in test_set.ids]), **images},
+        report=report,
+        report_md=as_markdown(run, report, cost),
+        device=device,
+        cost=cost,
+    )
+    print(f"CIDEr {100 * metrics['CIDEr']:.1f} (chance {100 * chance['CIDEr']:.1f}) → {run.folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)

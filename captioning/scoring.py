@@ -1,0 +1,112 @@
+"""Captions against references: one tokenizer for both, METEOR beside, Java started while predictions are made."""
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+import numpy as np
+
+from captioning.meteor import JavaError, Meteor, Tokenizer, find_java, tokenize_plain, tokenize_references
+from common.errors import UserError
+from common.metrics import captions as metrics
+
+
+class Scorer:
+    """Scores any number of systems against the same references. A context manager: it owns Java processes.
+
+    `notes` says which tokenizer scored and why METEOR could not be had. `tokenizer` is `ptb` (raises UserError without
+    Java), `plain`, or `auto`: ptb where there is Java.
+    """
+
+    def __init__(
+        self, references: Sequence[Sequence[str]], tokenizer: str = "auto", timeout: float = 120.0
+    ) -> None:
+        self.raw, self.asked = references, tokenizer
+        self.references: list[list[str]] = []  # tokenised
+        self.notes: list[str] = []
+        self._ptb, self._meteor = Tokenizer(timeout), Meteor(timeout)
+        self._tokenize = tokenize_plain
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(self, words: Iterable[str] = ()) -> None:
+        """Tokenise the references and start METEOR in the background; `words` are those that captions can hold."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._prepare, args=(list(words),), daemon=True)
+            self._thread.start()
+
+    def tokenize(self, captions: Sequence[str]) -> list[str]:
+        """Captions as the references were tokenised."""
+        self._wait()
+        try:
+            return self._tokenize(captions)
+        except JavaError as error:
+            self._without_ptb(error)
+            return self._tokenize(captions)
+
+    def statistics(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The per-image statistics that `common.metrics.captions.rescore` takes, of one raw caption an image."""
+        tokens = self.tokenize(captions)
+        found = metrics.statistics(tokens, self.references)
+        try:
+            found["meteor"] = self._meteor(tokens, self.references)
+        except JavaError as error:
+            self._note(f"METEOR n/a: {error}")
+        return found
+
+    def close(self) -> None:
+        """End the Java processes."""
+        if self._thread is not None:
+            self._thread.join()
+        self._ptb.close()
+        self._meteor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait(self) -> None:
+        self.start()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _prepare(self, words: list[str]) -> None:
+        try:
+            self._tokenize_all()
+            sentences = [sentence for image in self.references for sentence in image]
+            self._meteor.start([*sentences, *words, *self._tokenize(words)])
+        except JavaError:
+            return  # asked again, it says so again
+        except BaseException as error:  # for the thread that waits
+            self._failure = error
+
+    def _tokenize_all(self) -> None:
+        if self.asked != "plain":
+            try:
+                find_java()
+                self.references = tokenize_references(self.raw, "ptb", self._ptb)
+                self._tokenize = self._ptb
+                self._note("tokenizer: Penn Treebank (Stanford, through Java)")
+                return
+            except JavaError as error:
+                self._without_ptb(error)
+                return
+        self._plainly("asked for")
+
+    def _without_ptb(self, error: JavaError) -> None:
+        if self.asked == "ptb":
+            raise UserError(f"tokenizer=ptb: {error}; or take the plain one: --set tokenizer=plain") from None
+        self._plainly(str(error))
+
+    def _plainly(self, why: str) -> None:
+        self.notes = [note for note in self.notes if not note.startswith("tokenizer:")]
+        self._note(f"tokenizer: nltk's Treebank rules ({why})")
+        self._tokenize = tokenize_plain
+        self.references = tokenize_references(self.raw, "plain", tokenize_plain)
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
