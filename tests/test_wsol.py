@@ -1,13 +1,24 @@
-"""WSOL: maps proved against logits, boxes against plain loops."""
+"""WSOL: maps proved against logits, boxes against plain loops, the scripts from arguments to cell."""
 
+import json
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from common.data import open_localisation
+from common.engine.loop import make_optimizer, make_schedulers
 from common.errors import UserError
+from common.metrics import rescore
+from common.recipe import override
 from common.trunk import Classifier, Trunk
-from wsol import boxes, cam
+from wsol import boxes, cam, evaluate, finetune
+from wsol.recipes import PAPER, PAPER_IMAGENET, RECIPES
+from wsol.report import choose_threshold, statistics
 
 
 @pytest.mark.parametrize("arch", ["resnet18_half", "resnet50"])
@@ -172,3 +183,352 @@ def test_true_boxes_in_the_crop():
     np.testing.assert_allclose(found[2:], [[0, 0, 256 * 0.07 - 16, 224]])  # the third lies outside the crop
     assert boxes.to_crop(shares[2:3], 256, 224).shape == (0, 4)
     np.testing.assert_allclose(boxes.to_crop(shares[1], 224, 224), [[56, 112, 112, 168]])  # no crop
+
+
+def test_a_chosen_threshold_is_the_best_on_the_images_it_is_chosen_on():
+    rng = np.random.default_rng(0)
+    maps = np.zeros((20, 8, 8), np.float32)
+    truths = []
+    for image in maps:
+        x, y = rng.integers(0, 4, 2)
+        image[y : y + 5, x : x + 5] = 0.4  # a wide faint body, a bright spot in it
+        image[y + 2, x + 2] = 1
+        truths.append(np.array([[x, y, x + 5, y + 5]], float))
+    chosen, curve = choose_threshold(maps, truths, 8)
+    assert chosen == pytest.approx(0.05)  # of all that are right, the first
+    right = dict(zip(np.round(curve["threshold"], 2), curve["GT-known Loc"]))
+    assert right[0.05] == right[0.35] == 1 and right[0.45] == 0
+    chosen, _ = choose_threshold(maps + 0.3 * (maps == 0) * (np.indices(maps.shape)[1] > 3), truths, 8)
+    assert 0.25 < chosen < 0.4  # a bright background rules the low ones out
+
+
+def test_top1_box_is_of_the_predicted_class():
+    maps = np.zeros((2, 2, 8, 8), np.float32)
+    maps[:, 0, :4, :4] = 1  # the true class's
+    maps[1, 1, 4:, 4:] = 1  # another class, predicted for the second image
+    maps[0, 1] = maps[0, 0]
+    stored = cam.compact(np.array(["a", "b"]), np.array([[3, 3], [3, 1]]), maps)
+    truths = [np.array([[0.0, 0, 4, 4]])] * 2
+    images, found = statistics(stored, {"rank": np.array([0, 1])}, truths, 0.5, 8)
+    assert images["iou_gt"].tolist() == [1, 1] and images["iou_top1"].tolist() == [1, 0]
+    assert found["top1"].tolist() == [[0, 0, 4, 4], [4, 4, 8, 8]]
+
+
+def test_window_and_boxes_return_from_the_crop():
+    np.testing.assert_allclose(boxes.crop_window(256, 224), [0.0625, 0.0625, 0.9375, 0.9375])
+    shares = np.array([[0.2, 0.3, 0.6, 0.8]])
+    np.testing.assert_allclose(boxes.from_crop(boxes.to_crop(shares, 256, 224), 256, 224), shares)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "drops"), [(PAPER, (150, 300, 450)), (PAPER_IMAGENET, (6, 12, 18))], ids=["cub", "imagenet"]
+)
+def test_paper_schedules(recipe, drops):
+    body, head = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [{"params": body.parameters()}, {"params": head.parameters(), "lr": recipe.head_lr}]
+    optimizer = make_optimizer(nn.Sequential(body, head), recipe, groups)
+    schedulers = make_schedulers(optimizer, recipe, images=recipe.batch)  # an epoch is one iteration
+    rates = []
+    for _ in range(recipe.length(recipe.batch)):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    for epoch, (slow, fast) in enumerate(rates):
+        factor = 0.1 ** sum(epoch >= drop for drop in drops)
+        assert slow == pytest.approx(recipe.lr * factor) and fast == pytest.approx(10 * recipe.lr * factor)
+    assert rates[0][1] == pytest.approx({600: 0.01, 20: 0.1}[len(rates)])
+
+
+@pytest.mark.parametrize(
+    "setting", ["threshold=1", "holdout=1", "holdout=-0.1", "head_lr=0", "top=0", "holdout=0"]
+)
+def test_recipe_refusals(setting):
+    with pytest.raises(UserError, match=setting.split("=")[0]):
+        override(RECIPES["tiny"], [setting])
+
+
+CLASSES = ("Auk", "Bee_eater", "Crow")
+
+
+def write_cub(root: Path, per_class: int = 16, side: int = 60) -> Path:
+    """CUB-200-2011's files: one coloured square an image on noise, its box, a quarter for testing."""
+    rng = np.random.default_rng(0)
+    tables = {name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")}
+    for label, name in enumerate(CLASSES):
+        folder = root / "images" / f"{label + 1:03}.{name}"
+        folder.mkdir(parents=True)
+        for number in range(per_class):
+            image = rng.integers(0, 90, (side, side + 10, 3)).astype(np.uint8)
+            x, y = rng.integers(2, side // 2, 2)
+            width, height = rng.integers(side // 4, side // 2, 2)
+            image[y : y + height, x : x + width, label] = 240
+            cv2.imwrite(str(folder / f"{name}_{number}.jpg"), image)
+            key = len(tables["images"]) + 1
+            tables["images"].append(f"{key} {folder.name}/{name}_{number}.jpg")
+            tables["image_class_labels"].append(f"{key} {label + 1}")
+            tables["train_test_split"].append(f"{key} {int(number % 4 > 0)}")
+            tables["bounding_boxes"].append(f"{key} {x:.1f} {y:.1f} {width:.1f} {height:.1f}")
+    tables["classes"] = [f"{label + 1} {label + 1:03}.{name}" for label, name in enumerate(CLASSES)]
+    for name, lines in tables.items():
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def cub(tmp_path_factory):
+    return write_cub(tmp_path_factory.mktemp("cub") / "birds")
+
+
+def arguments(cub, out, *more):
+    fixed = [
+        "--backbone",
+        "scratch:resnet18_half",
+        "--data",
+        f"cub:{cub}",
+        "--recipe",
+        "smoke",
+        "--device",
+        "cpu",
+    ]
+    return [*fixed, "--out", str(out), "--set", "precision=fp32", *more]
+
+
+def folder_of(out):
+    (found,) = Path(out).rglob("recipe.json")
+    return found.parent
+
+
+@pytest.fixture(scope="module")
+def finished(cub, tmp_path_factory):
+    """A run of the smoke recipe, its threshold chosen on held-out training images."""
+    out = tmp_path_factory.mktemp("wsol")
+    assert finetune.main(arguments(cub, out)) == 0
+    return folder_of(out)
+
+
+def test_the_cell_can_be_recomputed_from_its_statistics(finished):
+    cell = json.loads((finished / "cell.json").read_text())
+    with np.load(finished / "images.npz") as file:
+        images = dict(file)
+    assert cell["primary"] == "Top-1 Loc" and len(images["ids"]) == 12
+    assert cell["metrics"] == {k: float(v[0]) for k, v in rescore("wsol", images).items()}
+    assert set(cell["metrics"]) == set(cell["chance"]) == {"Top-1 Loc", "GT-known Loc", "top-1"}
+    assert finished.relative_to(finished.parents[5]).parts[:3] == ("birds", "wsol", "cam")
+    assert (finished.parents[3] / "thumbnails.npz").exists()
+    assert all(name in cell["files"] for name in ("scoremaps.npz", "scoremaps_held_out.npz", "report.md"))
+
+
+def test_stored_maps_still_say_the_logits(finished):
+    maps, more = cam.load_maps(finished / "scoremaps.npz")
+    weights = torch.load(finished / "weights.pt", weights_only=True)["model"]
+    assert maps.maps.shape == (12, 4, 4, 4)  # the true and all three predicted classes, stride 16 of 64
+    assert (np.sort(maps.classes[:, 1:]) == np.arange(3)).all()
+    means = maps.low + (maps.high - maps.low) * maps.maps.astype(np.float32).mean((2, 3))
+    np.testing.assert_allclose(means + weights["fc.bias"].numpy()[maps.classes], more["logits"], atol=2e-3)
+    order = maps.classes[:, 1:].tolist()
+    assert more["rank"].tolist() == [row.index(true) for row, true in zip(order, maps.classes[:, 0])]
+
+
+def test_the_threshold_was_chosen_on_images_neither_trained_on_nor_scored(finished, cub):
+    train_set, test_set = open_localisation(f"cub:{cub}")
+    kept, held = finetune.hold_out(train_set, RECIPES["smoke"])
+    assert len(held) == 9 and len(kept) == 27
+    assert not set(kept.ids) & set(held.ids) and not set(held.ids) & set(test_set.ids)
+    stored, _ = cam.load_maps(finished / "scoremaps_held_out.npz")
+    assert stored.ids.tolist() == held.ids
+    report = json.loads((finished / "report.json").read_text())
+    truths = [boxes.to_crop(box, 72, 64) for box in held.boxes]
+    assert report["threshold"]["value"] == choose_threshold(stored.maps[:, 0], truths, 64)[0]
+    assert "9 training images" in report["threshold"]["chosen"]
+
+
+def test_the_report_reads_alone(finished):
+    text, report = (finished / "report.md").read_text(), json.loads((finished / "report.json").read_text())
+    assert all(
+        word in text for word in ("Top-1 Loc", "chance", "centred box", "held-out", "Threshold", "scratch")
+    )
+    assert sum(report["IoU histogram"].values()) == 12
+    assert report["centred box"]["chosen on"] == "36 training images"
+    best = report["best and worst"]["best"]
+    assert [entry["IoU"] for entry in best] == sorted((entry["IoU"] for entry in best), reverse=True)
+
+
+def test_the_same_command_again_computes_nothing(finished, cub, monkeypatch):
+    before = (finished / "cell.json").read_bytes()
+    out = finished.parents[5]
+    monkeypatch.setattr(finetune, "TrainImages", None)  # calling it would raise
+    assert finetune.main(arguments(cub, out)) == 0
+    assert (finished / "cell.json").read_bytes() == before
+
+
+def test_killed_and_resumed_is_byte_for_byte_the_same(finished, cub, tmp_path, monkeypatch):
+    whole = finetune.make_step
+
+    def dying(*args):
+        step, calls = whole(*args), []
+
+        def stepping(*inputs):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return step(*inputs)
+
+        return stepping
+
+    command = arguments(cub, tmp_path, "--set", "save_every=0")
+    monkeypatch.setattr(finetune, "make_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(command)
+    monkeypatch.setattr(finetune, "make_step", whole)
+    folder = folder_of(tmp_path)
+    assert (folder / "resume.pt").exists() and not (folder / "cell.json").exists()
+    maps = cam.ScoreMaps.save
+    monkeypatch.setattr(cam.ScoreMaps, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # again, between training and prediction
+        finetune.main(command)
+    monkeypatch.setattr(cam.ScoreMaps, "save", maps)
+    assert finetune.main(command) == 0
+    for name in ("images.npz", "scoremaps.npz", "scoremaps_held_out.npz", "report.json"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_method_head_rate_and_stride_reach_the_training(cub, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(model, step, data, recipe, **named):
+        seen.update(model=model, recipe=recipe, **named)
+        raise UserError("enough")
+
+    monkeypatch.setattr(finetune, "train", spy)
+    with pytest.raises(UserError, match="enough"):
+        finetune.main(arguments(cub, tmp_path, "--method", "cutmix"))
+    assert seen["recipe"].mixing.method == "cutmix" and "method=cutmix" in str(seen["folder"])
+    body, head = seen["groups"]
+    assert (body["lr"], head["lr"]) == (1.0, RECIPES["smoke"].head_lr)
+    assert {id(p) for p in body["params"]} == {id(p) for p in seen["model"].trunk.parameters()}
+    assert {id(p) for p in head["params"]} == {id(p) for p in seen["model"].fc.parameters()}
+    assert seen["model"].trunk.strides["layer4"] == 16 and all(
+        p.requires_grad for p in seen["model"].parameters()
+    )
+
+
+def write_boxes(path: Path, rows: list) -> Path:
+    path.write_text("path,x0,y0,x1,y1\n" + "".join(f"{name},{a},{b},{c},{d}\n" for name, a, b, c, d in rows))
+    return path
+
+
+def test_a_folder_with_a_box_list(class_folders, tmp_path):
+    rows = [
+        (f"val/{name}/{number}.jpg", 0.1, 0.2, 0.9, 0.8)
+        for name in ("cat", "dog", "fox")
+        for number in range(4)
+    ]
+    data = f"folder:{class_folders},boxes={write_boxes(tmp_path / 'boxes.csv', rows)}"
+    command = [
+        "--backbone",
+        "scratch:resnet18_half",
+        "--data",
+        data,
+        "--recipe",
+        "smoke",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(UserError, match=r"--set threshold=0\.15"):  # no training image has a box
+        finetune.main(command)
+    assert not (tmp_path / "out").exists()
+    assert finetune.main([*command, "--set", "threshold=0.15", "--device", "cpu"]) == 0
+    report = json.loads((folder_of(tmp_path / "out") / "report.json").read_text())
+    assert report["threshold"] == {"value": 0.15, "chosen": "given by the recipe"}
+    assert report["centred box"]["chosen on"] == "the scored images themselves"
+    assert report["centred box"]["GT-known Loc"] == 1
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Four images' maps and boxes: two right, one off, one with two boxes of which the second fits."""
+    truth = {"a/1.jpg": (0, 0, 4), "a/2.jpg": (2, 2, 4), "b/3.png": (4, 4, 4), "b/4.png": (0, 4, 4)}
+    rows = []
+    for name, (x, y, side) in truth.items():
+        image = np.zeros((8, 8))
+        image[y : y + side, x : x + side] = 5
+        path = tmp_path / "maps" / (name + ".npy" if name < "b" else str(Path(name).with_suffix(".npy")))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, image)
+        rows.append((name, x / 8, y / 8, (x + side) / 8, (y + side) / 8))
+    rows[2] = ("b/3.png", 0, 0, 0.5, 0.5)
+    rows.insert(3, ("b/4.png", 0.5, 0, 1, 0.5))
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,label,predicted\na/1.jpg,a,a\na/2.jpg,a,b\nb/3.png,b,b\nb/4.png,b,b\n")
+    fixed = ["--scoremaps", str(tmp_path / "maps"), "--boxes", str(write_boxes(tmp_path / "boxes.csv", rows))]
+    return tmp_path, [*fixed, "--size", "8"], labels
+
+
+def test_evaluate_anyones_maps(scored, capsys):
+    folder, command, labels = scored
+    assert evaluate.main(command) == 0
+    assert "GT-known Loc: 75.00 %" in capsys.readouterr().out
+    assert evaluate.main([*command, "--labels", str(labels), "--json", str(folder / "scores.json")]) == 0
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["metrics"] == {"Top-1 Loc": 0.5, "GT-known Loc": 0.75, "top-1": 0.75}
+    assert scores["images"] == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((2, 2, 3)), r"2-D .* found \(2, 2, 3\)"),
+        (np.array([[np.nan, 1]]), "not finite"),
+        (b"text", "readable"),
+    ],
+)
+def test_evaluate_refuses_bad_maps(scored, content, message):
+    folder, command, _ = scored
+    path = folder / "maps" / "b" / "3.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(UserError, match=message) as error:
+        evaluate.main(command)
+    assert str(path) in str(error.value)
+
+
+def test_evaluate_names_what_is_absent(scored):
+    folder, command, labels = scored
+    labels.write_text("path,label,predicted\na/1.jpg,a,a\n")
+    with pytest.raises(UserError, match=r"3 of 4 boxed images have no row \(first: a/2.jpg\)"):
+        evaluate.main([*command, "--labels", str(labels)])
+    (folder / "maps" / "a" / "2.jpg.npy").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 maps are absent .*a/2\.jpg\.npy"):
+        evaluate.main(command)
+    with pytest.raises(UserError, match="belong together"):
+        evaluate.main([*command, "--crop", "224"])
+
+
+def test_evaluate_agrees_with_the_cell_on_its_own_maps(finished, cub, tmp_path):
+    maps, _ = cam.load_maps(finished / "scoremaps.npz")
+    _, test_set = open_localisation(f"cub:{cub}")
+    rows = []
+    for name, image, box in zip(maps.ids, maps.maps[:, 0], test_set.boxes):
+        path = tmp_path / "maps" / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, image)
+        rows.append((name, *box[0]))
+    threshold = json.loads((finished / "report.json").read_text())["threshold"]["value"]
+    listed = write_boxes(tmp_path / "boxes.csv", rows)
+    command = [
+        "--scoremaps",
+        str(tmp_path / "maps"),
+        "--boxes",
+        str(listed),
+        "--resize",
+        "72",
+        "--crop",
+        "64",
+    ]
+    assert evaluate.main([*command, "--threshold", str(threshold), "--json", str(tmp_path / "s.json")]) == 0
+    cell = json.loads((finished / "cell.json").read_text())
+    scores = json.loads((tmp_path / "s.json").read_text())["metrics"]
+    assert scores == {"GT-known Loc": cell["metrics"]["GT-known Loc"]}
