@@ -1,6 +1,7 @@
 """The `backbench` command."""
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,9 @@ def arguments() -> argparse.ArgumentParser:
         "--arch", default="resnet18_half", choices=list(ARCHS), help="network (default: resnet18_half)"
     )
     demo.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds a cell (default: 1)")
+    demo.add_argument(
+        "--slots", type=int, default=os.cpu_count() or 1, help="cells at a time (default: one a core)"
+    )
     demo.add_argument("--tasks", nargs="+", default=["all"], help=f"all, or some of {', '.join(TASKS)}")
 
     run = _command(commands, "run", _run, "transfer backbones to tasks, then show the board")
@@ -73,6 +77,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     run.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds 0 … N−1 (default: 1)")
     run.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")
+    run.add_argument(
+        "--slots", type=int, default=1, help="cells at a time, the cores shared out (default: 1)"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the commands, one a line, and run nothing")
 
     board = _command(commands, "board", _board, "show the leaderboard of a folder of cells")
@@ -101,7 +108,7 @@ def _demo(args: argparse.Namespace) -> int:
     start = time.monotonic()
     out = make_folder(args.out).absolute()
     tasks, seeds = expand_tasks(args.tasks), list(range(args.seeds))
-    outcomes = run_demo(out, recipe=args.recipe, arch=args.arch, seeds=seeds, tasks=tasks)
+    outcomes = run_demo(out, recipe=args.recipe, arch=args.arch, seeds=seeds, tasks=tasks, slots=args.slots)
     code = _summary(outcomes, out, time.monotonic() - start)
     print(f"note: {DEMO_NOTE}")
     return code
@@ -117,7 +124,7 @@ def _run(args: argparse.Namespace) -> int:
             raise UserError(f"--data {text}: write it as ROOM=SPEC, ROOM one of {', '.join(data)}")
         data[room] = spec
     out, tasks = args.out.absolute(), expand_tasks(args.tasks)
-    jobs = plan_tasks(args.backbones, tasks, data, list(range(args.seeds)), args.recipe, out, [])
+    jobs = plan_tasks(args.backbones, tasks, data, list(range(args.seeds)), args.recipe, out)
     if args.dry_run:
         for job in jobs:
             print("python -m", *job.command)
@@ -131,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
         ).stamp()  # data and file are there and readable, before the first hour
     make_folder(out)
     start = time.monotonic()
-    return _summary(run_jobs(jobs, out / "grid"), out, time.monotonic() - start)
+    return _summary(run_jobs(jobs, out / "grid", args.slots), out, time.monotonic() - start)
 
 
 def _summary(outcomes: list[Outcome], out: Path, seconds: float) -> int:

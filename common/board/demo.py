@@ -6,24 +6,26 @@ from common.board.grid import READERS, TASKS, Job, Outcome, plan_tasks, run_jobs
 from common.mixing import METHODS
 
 
-def run_demo(out: Path, *, recipe: str, arch: str, seeds: list[int], tasks: list[str]) -> list[Outcome]:
+def run_demo(
+    out: Path, *, recipe: str, arch: str, seeds: list[int], tasks: list[str], slots: int
+) -> list[Outcome]:
     """Pretrain four backbones, transfer each and random weights to every task: 4 + 5 × 4 cells a seed."""
     data = "scenes:size=smoke" if recipe == "smoke" else "scenes"
     for reader in READERS.values():
         reader(data)
-    return run_jobs(plan_demo(out, data, recipe, arch, seeds, tasks), out / "grid")
+    return run_jobs(plan_demo(out, data, recipe, arch, seeds, tasks), out / "grid", slots)
 
 
 def plan_demo(out: Path, data: str, recipe: str, arch: str, seeds: list[int], tasks: list[str]) -> list[Job]:
     """The demo's jobs in order."""
-    jobs, backbones = [], []
+    jobs: list[Job] = []
+    writers: dict[Path, str] = {}
     for method in METHODS:
         folder = out / "pretrain" / method
         command = ("pretrain.run", "--method", method, "--recipe", recipe, "--arch", arch)
         command += ("--data", data, "--out", str(folder))
         jobs.append(Job(f"pretrain/{method}", command, "classification", data))
-        backbones.append(str(folder / f"{method}.pt"))
+        writers[(folder / f"{method}.pt").absolute()] = jobs[-1].name
     specs = dict.fromkeys((room for _, _, room in TASKS.values()), data)
-    return jobs + plan_tasks(
-        [*backbones, f"scratch:{arch}"], tasks, specs, seeds, recipe, out / "results", []
-    )
+    backbones = [*map(str, writers), f"scratch:{arch}"]
+    return jobs + plan_tasks(backbones, tasks, specs, seeds, recipe, out / "results", writers)

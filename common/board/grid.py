@@ -1,4 +1,4 @@
-"""The grid: cells as command lines, run one after the other; a finished one is recognised without starting it.
+"""The grid: cells as command lines, a few at a time; a finished one is recognised without starting it.
 
 `common` never imports a task: a cell is `python -m detection.finetune …` in a process of its own, so that one that
 fails or dies takes nothing with it. Each job leaves a stamp of all it depends on (command, code, data, backbone
@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.board.display import Display, last_lines
 from common.cell import ROOT, code_hash
 from common.data import open_captions, open_classification, open_detection, open_localisation
+from common.engine import REQUEUE
 from common.errors import UserError
 from common.files import digest, file_digest, make_folder, read_json, write_json
 
@@ -45,6 +47,7 @@ class Job:
     room: str
     data: str
     backbone: Path | None = None
+    needs: str = ""  # the name of the job that writes `backbone`
     limit: int = 0
 
     def stamp(self) -> str:
@@ -70,39 +73,28 @@ def plan_tasks(
     seeds: list[int],
     recipe: str,
     out: Path,
-    more: list[str],
+    writers: dict[Path, str] | None = None,
 ) -> list[Job]:
-    """One job a backbone, task and seed. `backbones` are `[name=]SPEC`; `data` maps rooms to data specs.
+    """One job a backbone, task and seed, all of the first backbone first.
 
-    Raises UserError for an unknown task or a backbone file that is not there.
+    `backbones` are `[name=]SPEC`; `data` maps rooms to data specs, `writers` backbone files that do not exist yet to
+    the names of the jobs that write them.
     """
     jobs = []
     for seed in seeds:
-        for task in tasks:
-            module, arguments, room = TASKS[task]
-            for text in backbones:
-                name, spec = split_backbone(text)
-                file = Path(spec).expanduser().absolute() if is_file(spec) else None
-                command = [
-                    module,
-                    *arguments,
-                    "--backbone",
-                    str(file or spec),
-                    "--recipe",
-                    recipe,
-                    "--seed",
-                    str(seed),
-                ]
-                command += [
-                    "--data",
-                    data[room],
-                    "--out",
-                    str(out),
-                    *(["--name", name] if name else []),
-                    *more,
-                ]
-                label = f"{task}/{name or Path(spec).stem}/seed{seed}"
-                jobs.append(Job(label, tuple(command), room, data[room], file))
+        for text in backbones:
+            name, spec = split_backbone(text)
+            file = Path(spec).expanduser().absolute() if is_file(spec) else None
+            for task in tasks:
+                module, arguments, room = TASKS[task]
+                command = (module, *arguments, "--backbone", str(file or spec), "--data", data[room])
+                command += ("--recipe", recipe, "--seed", str(seed), "--out", str(out))
+                command += ("--name", name) if name else ()
+                label = name or (
+                    file.stem if file else spec.partition(":")[0 if spec.startswith("scratch") else 2]
+                )
+                needs = (writers or {}).get(file, "")
+                jobs.append(Job(f"{task}/{label}/seed{seed}", command, room, data[room], file, needs))
     return jobs
 
 
@@ -127,40 +119,96 @@ def expand_tasks(names: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def run_jobs(jobs: list[Job], records: Path) -> list[Outcome]:
-    """Run the jobs that are not done, in order, in this terminal; a failing one never stops the others.
+def run_jobs(jobs: list[Job], records: Path, slots: int = 1) -> list[Outcome]:
+    """Run the jobs that are not done, `slots` at a time, the cores shared out; a failing one never stops the others.
 
-    `records` is the folder of the stamps. A job whose backbone file a failed job should have written fails too.
+    `records` is the folder of the stamps and logs. A job waits for the job that writes its backbone file, and fails
+    with it. Stopped by Ctrl-C or SIGTERM, the cells save their state and the same call goes on.
     """
     make_folder(records)
+    threads = max(1, (os.cpu_count() or 1) // slots)
     outcomes: list[Outcome] = []
-    start = time.monotonic()
-    for number, job in enumerate(jobs, 1):
-        record = records / (job.name.replace("/", "~") + ".json")
-        head = f"cell {number} of {len(jobs)}: {job.name}"
-        if job.backbone and not job.backbone.exists():
-            print(f"{head}: failed, its backbone {job.backbone} is not there", flush=True)
-            outcomes.append(Outcome(job, "failed", 0.0))
-            continue
-        stamp = job.stamp()
-        if is_done(record, stamp):
-            outcomes.append(Outcome(job, "done before", 0.0))
-            continue
-        ran = [o for o in outcomes if o.state == "done"]
-        left = sum(_expected(other, ran) for other in jobs[number - 1 :])
-        clock = f"{_minutes(time.monotonic() - start)} gone" + (
-            f", about {_minutes(left)} left" if left else ""
+    waiting, running = list(enumerate(jobs, 1)), []
+    with Display(len(jobs), slots) as display:
+        try:
+            while waiting or running:
+                for cell in [cell for cell in running if cell.process.poll() is not None]:
+                    running.remove(cell)
+                    outcomes.append(_finish(cell, display))
+                    if cell.process.returncode == REQUEUE:
+                        raise KeyboardInterrupt  # a scheduler stopped the cell: stop here, to be continued
+                busy = {cell.job.name for cell in running} | {job.name for _, job in waiting}
+                for number, job in list(waiting):
+                    if job.needs in busy or len(running) == slots:
+                        continue
+                    waiting.remove((number, job))
+                    record = records / (job.name.replace("/", "~") + ".json")
+                    missing = job.backbone is not None and not job.backbone.exists()
+                    stamp = "" if missing else job.stamp()
+                    if missing or is_done(record, stamp):
+                        outcomes.append(Outcome(job, "failed" if missing else "done before", 0.0))
+                        display.line(
+                            f"{job.name}: its backbone {job.backbone} is not there"
+                        ) if missing else None
+                        break  # what waited for this one may go now
+                    display.line(f"cell {number} of {len(jobs)}: {job.name}")
+                    running.append(start(job, record, stamp, threads))
+                display.show(outcomes, [(cell.job.name, cell.log) for cell in running], jobs)
+                time.sleep(0.05)
+        except BaseException:
+            for cell in running:
+                cell.process.send_signal(signal.SIGTERM)
+            for cell in running:
+                cell.process.wait()
+            raise
+    order = {job.name: number for number, job in enumerate(jobs)}
+    return sorted(outcomes, key=lambda outcome: order[outcome.job.name])
+
+
+@dataclass(frozen=True)
+class Running:
+    """A cell at work."""
+
+    job: Job
+    process: subprocess.Popen
+    record: Path
+    stamp: str
+    log: Path
+    began: float
+
+
+def start(job: Job, record: Path, stamp: str, threads: int) -> Running:
+    """Start `python -m` with the job's command; it dies with this process and writes its folder into `record`."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "BACKBENCH_RECORD": str(record), "OMP_NUM_THREADS": str(threads)}
+    record.unlink(missing_ok=True)
+    log = record.with_suffix(".log")
+    with log.open("wb") as out:
+        command = [sys.executable, "-u", "-m", *job.command]
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,
         )
-        print(f"{head} ({clock})", flush=True)
-        began = time.monotonic()
-        code = run_command(job.command, record)
-        ok = code == 0 and _finish_record(record, stamp)
-        if not ok:
-            print(f"{head}: failed with exit code {code}; run again to try it again", flush=True)
-        outcomes.append(Outcome(job, "done" if ok else "failed", time.monotonic() - began))
-        if code in (75, 130) or (code < 0 and -code in (signal.SIGINT, signal.SIGTERM)):
-            raise SystemExit(75)  # the user or a scheduler stopped the cell: stop here, to be continued
-    return outcomes
+    return Running(job, process, record, stamp, log, time.monotonic())
+
+
+def _finish(cell: Running, display: Display) -> Outcome:
+    """Complete the record that the cell's process wrote with its folder, and say how it ended."""
+    seconds, code = time.monotonic() - cell.began, cell.process.returncode
+    if code == 0 and cell.record.exists():
+        entry = read_json(cell.record)
+        if (Path(entry["folder"]) / "cell.json").exists():
+            write_json(cell.record, {**entry, "stamp": cell.stamp})
+            display.line(f"{cell.job.name}: {last_lines(cell.log, 1)} ({seconds:.0f} s)")
+            return Outcome(cell.job, "done", seconds)
+    display.line(
+        f"{cell.job.name}: failed with exit code {code}: {last_lines(cell.log, 1)} (log: {cell.log})"
+    )
+    return Outcome(cell.job, "failed", seconds)
 
 
 def is_done(record: Path, stamp: str) -> bool:
@@ -171,42 +219,8 @@ def is_done(record: Path, stamp: str) -> bool:
     return entry.get("stamp") == stamp and (Path(entry["folder"]) / "cell.json").exists()
 
 
-def _finish_record(record: Path, stamp: str) -> bool:
-    """Complete the record that the job's process wrote with its folder; whether its cell is there."""
-    if not record.exists():
-        return False
-    entry = read_json(record)
-    write_json(record, {**entry, "stamp": stamp})
-    return (Path(entry["folder"]) / "cell.json").exists()
-
-
-def run_command(command: tuple[str, ...], record: Path) -> int:
-    """Run `python -m command` here; it dies with this process. It writes its folder into `record`."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "BACKBENCH_RECORD": str(record)}
-    record.unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", *command], env=env, preexec_fn=_die_with_parent)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
-
-
 def _die_with_parent() -> None:
     """In the child: be killed when the parent dies, or a killed grid would leave a cell at work behind it (Linux)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _expected(job: Job, ran: list[Outcome]) -> float:
-    """Seconds a job may take: the mean of those like it that ran, else of all."""
-    kind = job.name.split("/")[0]
-    like = [o.seconds for o in ran if o.job.name.split("/")[0] == kind] or [o.seconds for o in ran]
-    return sum(like) / len(like) if like else 0.0
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
