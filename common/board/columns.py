@@ -8,6 +8,12 @@ from common.board.cells import Cell
 from common.files import digest
 
 MODELS = {"ssd300": "SSD300", "faster_rcnn": "Faster R-CNN", "nic": "NIC", "cam": "CAM"}
+TASKS = {
+    "classification": "pretraining",
+    "detection": "detection",
+    "captioning": "captioning",
+    "wsol": "weakly supervised localisation",
+}
 ORDER = ("classification", "ssd300", "faster_rcnn", "detection", "captioning", "wsol")
 
 
@@ -25,7 +31,7 @@ class Column:
     metrics: tuple[str, ...]
     images: int
     label: str  # of the model
-    detail: str  # of metric, data and whatever else tells it from its neighbours
+    detail: str  # metric, and whatever else tells it from its neighbours, joined by " · "
     notes: tuple[str, ...]
 
 
@@ -114,7 +120,7 @@ def make_columns(by_column: dict[str, list[Cell]]) -> tuple[Column, ...]:
                 *(key, i.task, i.model, i.data, i.recipe, i.limit, first.primary, tuple(names)),
                 images=max(len(cell.images["ids"]) for cell in members),
                 label=label if i.task != "classification" else f"{label} itself",
-                detail=f"{first.primary} · {i.data}",
+                detail="",
                 notes=_common_notes(members),
             )
         )
@@ -122,10 +128,11 @@ def make_columns(by_column: dict[str, list[Cell]]) -> tuple[Column, ...]:
 
 
 def _told_apart(column: Column, all_columns: list[Column]) -> Column:
-    """The column with recipe and limit in its detail, and a number where even those are equal."""
-    detail = column.detail
-    if len({c.recipe for c in all_columns}) > 1:
-        detail += f" · {column.recipe}"
+    """The column with its detail: metric; data and recipe where they differ on the board; limit; else a number."""
+    detail = column.metric
+    for what in ("data", "recipe"):
+        if len({getattr(c, what) for c in all_columns}) > 1:
+            detail += f" · {getattr(column, what)}"
     if column.limit:
         detail += f" · limit {column.limit}"
     alike = [

@@ -62,6 +62,7 @@ class Board:
     baseline: str
     replicates: int
     seed: int
+    machinery: bool  # its runs are too small for science: the first note says so
     notes: tuple[str, ...]
 
     def primary(self, row: Row, column: Column) -> Measure:
@@ -91,16 +92,13 @@ def make_board(
             reference_row = baseline_of(rows, row, baseline)
             entries[row.key, column.key] = _entry(row, reference_row, column, groups, samples, baseline)
     _adjust(rows, columns, entries)
-    notes = [MACHINERY.format(recipes=" and ".join(small))] if (small := _small(columns)) else []
+    small = sorted({column.recipe.split("+")[0] for column in columns} & set(SMALL))
+    notes = [MACHINERY.format(recipes=" and ".join(small))] if small else []
     notes += duplicates + _drifted(kept, rescored)
     if rows and not any(baseline in (row.group, row.label) for row in rows):
         names = ", ".join(row.label for row in rows)
         notes.append(f"no row is named {baseline!r}: no differences; --baseline takes one of {names}")
-    return Board(rows, columns, entries, baseline, replicates, seed, tuple(notes))
-
-
-def _small(columns: tuple[Column, ...]) -> list[str]:
-    return sorted({c.recipe.split("+")[0] for c in columns} & set(SMALL))
+    return Board(rows, columns, entries, baseline, replicates, seed, bool(small), tuple(notes))
 
 
 def _row_key(cell: Cell) -> str:
@@ -162,7 +160,7 @@ def _why_missing(metric: str, group: list[Cell]) -> str:
     if all(cell.metrics.get(metric) is not None for cell in group):
         return "no per-image statistics, so no interval"
     said = [note for cell in group for note in cell.notes if metric.lower() in note.lower()]
-    return said[0] if said else "not scored"
+    return said[0].removeprefix(f"{metric} n/a: ") if said else "not scored"
 
 
 def _entry(

@@ -102,7 +102,7 @@ def tables(board: Board) -> list[Table]:
     if quoted:
         values = rows_of(lambda m: percent(m.paper.value) if m.paper else "–", quoted)
         values.append(["measured on", *(_paper_source(board, c) for c in columns)])
-        made.append((_paper_title(board), head, values))
+        made.append((_paper_title(board), [f"{c.label}\n{c.metric}" for c in columns], values))
     return made
 
 
@@ -158,7 +158,7 @@ def remarks(board: Board) -> list[str]:
             )  # said once, or needs no word
             silent |= any("no paired claim" in note for note in entry.notes)
             for metric, measure in entry.measures.items():
-                if measure.reason:
+                if measure.reason and f"{metric} n/a: {measure.reason}" not in (*column.notes, *lines):
                     lines.append(f"{metric} n/a: {measure.reason}")
                 if metric == column.metric and measure.unpaired and not silent:
                     lines.append(f"no difference: {measure.unpaired}")

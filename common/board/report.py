@@ -1,0 +1,249 @@
+"""One offline HTML file about a folder of cells: the board, its pictures, curves, costs and where all of it is from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from common.board import charts
+from common.board.cells import Cell
+from common.board.columns import TASKS, Column
+from common.board.gallery import LOWEST_SCORE, MOST_BOXES, SHOWN, gallery
+from common.board.leaderboard import Board, Measure, Row
+from common.board.statistics import POWER
+from common.board.table import (
+    excludes_zero,
+    half_width,
+    levels,
+    method_line,
+    paper_notes,
+    percent,
+    remarks,
+    signed,
+    summary,
+)
+from common.files import write_text
+
+
+def write_report(cells: list[Cell], board: Board, path: Path | str) -> None:
+    """Write the report of a board to `path`. Needs nothing but the cells' folders and their thumbnails.
+
+    `cells` are those the board was made of: what it left out is counted in the page.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "signed": signed, "half": half_width, "kind": charts.kind}
+    write_text(path, environment.get_template("report.html").render(context(cells, board)))
+
+
+def context(cells: list[Cell], board: Board) -> dict[str, Any]:
+    """All that the template shows."""
+    used = [cell for entry in board.entries.values() for cell in entry.cells]
+    notes = paper_notes(board)
+    return {
+        "board": board,
+        "summary": summary(board),
+        "banner": board.notes[0] if board.machinery else "",
+        "levels": levels(board),
+        "method": method_line(board),
+        "remarks": [line for line in remarks(board) if not board.machinery or line != board.notes[0]],
+        "left_out": len(cells) - len(used),
+        "leaderboard": leaderboard(board),
+        "differences": differences(board),
+        "power": f"{100 * POWER:.0f}",
+        "paper": paper_rows(board, notes),
+        "paper_notes": notes,
+        "sections": [section(board, column, number) for number, column in enumerate(board.columns)],
+        "rules": {"images": SHOWN, "boxes": MOST_BOXES, "score": f"{100 * LOWEST_SCORE:.0f}"},
+        "total_cost": clock(sum(_seconds(cell) for cell in used)),
+        "cells": [provenance(cell) for cell in sorted(used, key=lambda c: str(c.folder))],
+    }
+
+
+def leaderboard(board: Board) -> list[dict[str, Any]]:
+    """Rows of the leaderboard: each measure with its bar, on one scale a column."""
+    domains = {column.key: _domain(board, column) for column in board.columns}
+    rows = []
+    for index, row in enumerate(board.rows):
+        places = []
+        for column in board.columns:
+            measure = board.primary(row, column)
+            bar = None
+            if measure.score:
+                bar = charts.score_bar(measure.score, measure.chance, domains[column.key], index)
+            places.append({"measure": measure, "bar": bar, "limit": column.limit})
+        rows.append({"row": row, "index": index, "places": places})
+    return rows
+
+
+def _domain(board: Board, column: Column) -> tuple[float, float]:
+    values = []
+    for row in board.rows:
+        measure = board.primary(row, column)
+        if measure.score:
+            values += [measure.score.low, measure.score.high]
+            values += [] if measure.chance is None else [measure.chance]
+    return charts.padded(values) if values else (0.0, 1.0)
+
+
+def differences(board: Board) -> list[dict[str, Any]]:
+    """Rows of the paired differences, on one scale a column; rows without any are left out."""
+    limits = {}
+    for column in board.columns:
+        found = [m.difference for row in board.rows if (m := board.primary(row, column)).difference]
+        limits[column.key] = 1.06 * max((max(abs(d.low), abs(d.high)) for d in found), default=0.01) or 0.01
+    rows = []
+    for index, row in enumerate(board.rows):
+        places = [_difference(board.primary(row, c), limits[c.key], index) for c in board.columns]
+        if any(place["found"] for place in places):
+            rows.append({"row": row, "index": index, "places": places})
+    return rows
+
+
+def _difference(measure: Measure, limit: float, index: int) -> dict[str, Any]:
+    found = measure.difference
+    if found is None:
+        return {"found": None, "why": measure.unpaired or measure.reason}
+    return {
+        "found": found,
+        "bar": charts.difference_bar(found, limit, index),
+        "clear": excludes_zero(found),
+        "p": "< .001" if (found.p_holm or 0) < 0.001 else f"{found.p_holm:.3f}".lstrip("0"),
+        "better": f"{100 * found.better:.0f} %",
+        "correlation": _correlations(found),
+    }
+
+
+def _correlations(found) -> str:
+    parts = [("images", found.image_correlation), ("seeds", found.seed_correlation)]
+    return ", ".join(f"{name} {value:.2f}".replace("-", "−") for name, value in parts if value is not None)
+
+
+def paper_rows(board: Board, notes: list[str]) -> list[dict[str, Any]]:
+    """The paper's values beside the measured ones; `marks` number the footnotes that concern a value."""
+    rows = []
+    for index, row in enumerate(board.rows):
+        places = []
+        for column in board.columns:
+            measure = board.primary(row, column)
+            marks = [notes.index(note) + 1 for note in measure.paper.notes] if measure.paper else []
+            places.append({"measure": measure, "marks": marks})
+        if any(place["measure"].paper for place in places):
+            rows.append({"row": row, "index": index, "places": places})
+    return rows
+
+
+def section(board: Board, column: Column, number: int) -> dict[str, Any]:
+    """Everything about one column: all metrics, curves, pictures, costs."""
+    shown, thumbnails = gallery(board, column, number)
+    rows = [
+        (index, row, entry)
+        for index, row in enumerate(board.rows)
+        if (entry := board.entries[row.key, column.key]).cells
+    ]
+    series = [
+        (row.label, index, *_curve(min(entry.cells, key=lambda c: c.identity.seed)))
+        for index, row, entry in rows
+    ]
+    return {
+        "column": column,
+        "task": TASKS.get(column.task, column.task),
+        "number": number,
+        "rows": rows,
+        "seeds": [(index, row, _by_seed(entry.cells)) for index, row, entry in rows if len(entry.cells) > 1],
+        "curve": charts.curves(series, f"training loss of {column.label}, logarithmic"),
+        "shown": shown,
+        "thumbnails": thumbnails,
+        "classes": class_table(rows) if column.task == "detection" else [],
+        "costs": [(index, row, _costs(entry.cells)) for index, row, entry in rows],
+    }
+
+
+def _curve(cell: Cell) -> tuple[list[float], list[float]]:
+    lines = [line for line in cell.log() if "iteration" in line and "loss" in line]
+    return [line["iteration"] for line in lines], [line["loss"] for line in lines]
+
+
+def _by_seed(cells: tuple[Cell, ...]) -> list[tuple[str, float | None]]:
+    ordered = sorted(cells, key=lambda c: (str(c.pretraining), c.identity.seed))
+    return [(f"{c.identity.backbone}, seed {c.identity.seed}", c.metrics[c.primary]) for c in ordered]
+
+
+def class_table(rows: list[tuple[int, Row, Any]]) -> list[tuple[str, list[float | None]]]:
+    """AP by class, a value a row (the mean over its cells), from the tasks' report.json."""
+    tables = []
+    for _, _, entry in rows:
+        found: dict[str, list[float]] = {}
+        for cell in entry.cells:
+            path = cell.folder / "report.json"
+            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            for name, values in content.get("classes", {}).items():
+                if isinstance(values, dict) and values.get("AP") is not None:
+                    found.setdefault(name, []).append(values["AP"])
+        tables.append(found)
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [(name, [sum(t[name]) / len(t[name]) if name in t else None for t in tables]) for name in names]
+
+
+def _seconds(cell: Cell) -> float:
+    return sum(value for name, value in cell.cost.items() if name.endswith("_s"))
+
+
+def _costs(cells: tuple[Cell, ...]) -> dict[str, str]:
+    """A row's mean costs a cell, in words."""
+    mean = {name: sum(c.cost.get(name, 0) for c in cells) / len(cells) for name in cells[0].cost}
+    train = mean.get("train_s", 0.0)
+    return {
+        "training": clock(train),
+        "rate": f"{mean.get('images', 0) / train:.0f}" if train else "–",
+        "iterations": f"{mean.get('iterations', 0):.0f}",
+        "rest": clock(sum(map(_seconds, cells)) / len(cells) - train),
+        "memory": f"{mean.get('peak_memory_mb', 0) / 1000:.1f}",
+        "device": ", ".join(sorted({f"{c.device.get('device')}, {c.precision}" for c in cells})),
+    }
+
+
+def clock(seconds: float) -> str:
+    """Seconds as "45 s", "12:30 min" or "3:05 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def provenance(cell: Cell) -> dict[str, Any]:
+    """Where one cell's number is from: identity, keys, inputs, code, packages."""
+    path = cell.folder / "provenance.json"
+    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    i = cell.identity
+    recipes = {stage: inputs.get("recipe", {}) for stage, inputs in cell.inputs.items()}
+    return {
+        "title": str(i.path),
+        "score": f"{cell.primary} {percent(cell.metrics[cell.primary], 2)}",
+        "facts": [
+            ("keys", ", ".join(f"{stage} {key}" for stage, key in cell.keys.items())),
+            ("data", ", ".join(f"{s} {v['data']}" for s, v in cell.inputs.items() if v.get("data"))),
+            (
+                "backbone",
+                f"{cell.backbone.get('source', 'none')} {cell.backbone.get('fingerprint', '')}".strip(),
+            ),
+            ("adoption", "; ".join(cell.backbone.get("report", [])) or "as it is"),
+            ("git", f"{made.get('git', 'unknown')}, changes {made.get('git_diff', 'unknown')}"),
+            ("code", cell.code),
+            ("packages", ", ".join(f"{k} {v}" for k, v in made.get("packages", {}).items())),
+            ("device", ", ".join(f"{v}" if k == "device" else f"{v} {k}" for k, v in cell.device.items())),
+            ("arithmetic", cell.precision),
+        ],
+        "recipe": "\n".join(
+            f"{stage}: {', '.join(f'{k}={v}' for k, v in fields.items())}"
+            for stage, fields in recipes.items()
+            if fields
+        ),
+        "notes": list(cell.notes),
+    }
