@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import make_folder, read_json, write_json
 from common.progress import progress
 
-VERSION = 1  # raise whenever a pixel, a box or a sentence changes
+VERSION = 2  # raise whenever a pixel, a box or a sentence changes
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _holds(target: Path, manifest: dict) -> bool:
     """Whether `target` is a finished world as `manifest` tells; a foreign or broken manifest is none."""
     try:
         return read_json(target / "manifest.json") == manifest
-    except UserError:
+    except (UserError, OSError):
         return False
 
 

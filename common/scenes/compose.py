@@ -21,9 +21,9 @@ SMALL, BIG = 0.16, 0.26  # radii in shares of the shorter side: below is small, 
 
 def portrait(rng: np.random.Generator, kind: str, side: int) -> tuple[Scene, np.ndarray, Seen]:
     """A square picture of one object, somewhere, sometimes cut or behind leaves."""
-    radius = rng.uniform(0.24, 0.44) * side
+    radius = rng.uniform(0.28, 0.46) * side
     thing = _thing(rng, kind, side, side, radius, ())
-    return _show(rng, side, side, (thing,), rng.random() < 0.35, keep=0.0)
+    return _show(rng, side, side, (thing,), rng.random() < 0.3, keep=0.0)
 
 
 def group(
@@ -51,13 +51,13 @@ def group(
 
 def _thing(rng, kind, width, height, radius, others, colour=None) -> Thing:
     """An object at a place where it is mostly inside and, if one is found, does not hide the others much."""
-    inset = radius * (0.85 if rng.random() < 0.85 else 0.45)  # else probably cut by the border
+    inset = radius * (0.9 if rng.random() < 0.88 else 0.5)  # else probably cut by the border
     for _ in range(30):
         x, y = (float(rng.uniform(min(inset, n / 2), max(n - inset, n / 2))) for n in (width, height))
         if all(math.dist((x, y), (o.x, o.y)) > 0.8 * (radius + o.radius) for o in others):
             break
     colour = colour or str(rng.choice(list(COLOURS)))
-    angle = float(np.clip(rng.normal(0, 0.3), -0.8, 0.8))
+    angle = float(np.clip(rng.normal(0, 0.25), -0.7, 0.7))
     return Thing(kind, colour, x, y, radius, angle, bool(rng.integers(2)), int(rng.integers(SEED)))
 
 

@@ -83,7 +83,7 @@ def paint(thing: Thing) -> tuple[np.ndarray, np.ndarray, int, int]:
 
     Returns float32 RGB planes (3, h, w) and coverage (h, w) in [0, 1], and the rectangle's left and top.
     """
-    (outline, texture, cells), part, eye = KINDS[thing.kind]
+    outline, texture, cells, part, eye = KINDS[thing.kind]
     rng = np.random.default_rng(thing.seed)
     r = thing.radius
     left, top = int(np.floor(thing.x - REACH * r)), int(np.floor(thing.y - REACH * r))
@@ -97,7 +97,7 @@ def paint(thing: Thing) -> tuple[np.ndarray, np.ndarray, int, int]:
 
     base = np.float32(COLOURS[thing.colour]) + rng.uniform(-14, 14, 3).astype(np.float32)
     dark = rng.random() < 0.6 or base.mean() > 170  # a paler shade of a pale colour would not show
-    second = base * 0.6 if dark else base * 0.45 + np.float32((140, 138, 130))
+    second = base * 0.52 if dark else base * 0.45 + np.float32((140, 138, 130))
     accent = np.float32(PART_COLOURS[rng.integers(len(PART_COLOURS))]) + rng.uniform(-10, 10, 3).astype(
         np.float32
     )

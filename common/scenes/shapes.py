@@ -1,8 +1,9 @@
-"""The ten kinds of object: five textured bodies, each shared by two kinds that differ in one small part.
+"""The ten kinds of object: a textured body and one small part.
 
 Shapes are signed distances (negative inside) in the object's own frame, u to the right and v down, where
-everything lies within about 1.1 of the origin. A kind is told by its body's outline and texture down to two,
-and by the small part among these two, so finding the telling part is not finding the object.
+everything lies within about 1.1 of the origin. Each outline and each texture is shared by two kinds: the small
+part tells a kind at once, the body only by its outline and texture together, and covers most of the object, so
+finding the telling part is not finding the object.
 """
 
 from collections.abc import Callable
@@ -113,14 +114,6 @@ def _zigzag(u, v):
     return 0.25 - np.abs(w - np.floor(w) - 0.5)
 
 
-# outline, texture (positive where the second shade is, in cells) and the cells in a unit
-OVAL = (_oval, _spots, 2.9)
-BARREL = (_barrel, _bands, 2.6)
-FINNED = (_finned, _scales, 3.6)
-DOME = (_dome, _plates, 2.7)
-FLARED = (_flared, _zigzag, 2.2)
-
-
 def _beetle(u, v):
     feelers = [bar(u, v, 0.66, -0.05, 0.52, -0.52, 0.035), bar(u, v, 0.72, -0.05, 0.9, -0.5, 0.035)]
     return union(
@@ -176,17 +169,17 @@ def _tent(u, v):
     return union(bar(u, v, 0, -0.5, 0, -0.98, 0.04), flag)
 
 
-# kind: body, its small part, and where the eye sits (u, v) if it has one
-KINDS: dict[str, tuple[tuple[Distance, Distance, float], Distance, tuple[float, float] | None]] = {
-    "beetle": (OVAL, _beetle, (0.74, -0.04)),
-    "bell": (FLARED, _bell, None),
-    "bird": (FINNED, _bird, (0.66, -0.38)),
-    "bottle": (BARREL, _bottle, None),
-    "fish": (FINNED, _fish, (0.52, -0.08)),
-    "kettle": (OVAL, _kettle, None),
-    "lantern": (BARREL, _lantern, None),
-    "snail": (DOME, _snail, None),
-    "tent": (FLARED, _tent, None),
-    "turtle": (DOME, _turtle, (0.82, 0.22)),
+# kind: outline, texture (positive where the second shade is, in cells), cells in a unit, small part, eye (u, v)
+KINDS: dict[str, tuple[Distance, Distance, float, Distance, tuple[float, float] | None]] = {
+    "beetle": (_oval, _spots, 2.9, _beetle, (0.74, -0.04)),
+    "bell": (_flared, _spots, 2.9, _bell, None),
+    "bird": (_finned, _bands, 2.8, _bird, (0.66, -0.38)),
+    "bottle": (_barrel, _bands, 2.6, _bottle, None),
+    "fish": (_finned, _scales, 3.4, _fish, (0.52, -0.08)),
+    "kettle": (_oval, _zigzag, 2.2, _kettle, None),
+    "lantern": (_barrel, _plates, 2.7, _lantern, None),
+    "snail": (_dome, _scales, 3.0, _snail, None),
+    "tent": (_flared, _zigzag, 2.2, _tent, None),
+    "turtle": (_dome, _plates, 2.7, _turtle, (0.82, 0.22)),
 }
 CLASSES = tuple(KINDS)
