@@ -6,6 +6,7 @@ file); a job whose stamp is unchanged and whose cell is there is done.
 """
 
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -52,9 +53,15 @@ class Job:
 
     def stamp(self) -> str:
         """A digest of everything the job depends on. Raises UserError when its data or backbone is not there."""
-        sets = READERS[self.room](self.data, self.limit or None)
         weights = file_digest(self.backbone) if self.backbone else None
-        return digest(self.command, code_hash(self.room), [s.fingerprint for s in sets], weights)
+        return digest(
+            self.command, code_hash(self.room), _fingerprints(self.room, self.data, self.limit), weights
+        )
+
+
+@functools.cache
+def _fingerprints(room: str, data: str, limit: int) -> list[str]:
+    return [part.fingerprint for part in READERS[room](data, limit or None)]
 
 
 @dataclass(frozen=True)
