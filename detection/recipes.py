@@ -49,7 +49,9 @@ class SSDRecipe(DetectionRecipe):
         "I",
         choices=("layer3", "layer4_dilated"),
     )
-    l2norm: bool = knob(True, "layer2's features scaled to length 20, as conv4_3's", "B")
+    l2norm: float = knob(
+        20.0, "layer2's features scaled to this length at first, as conv4_3's; 0: as they are", "B"
+    )
     extra_width: float = knob(1.0, "width of the extra maps, as a factor on 512, 256, 256, 256", "B")
     extra_bn: bool = knob(False, "batch norm in the extra maps", "B")
     match_iou: float = knob(0.5, "IoU with an object from which a prior is positive", "B")
@@ -119,6 +121,7 @@ SSD_TINY = SSDRecipe(
     weight_decay=0.02,  # M
     schedule="one_cycle",  # M
     freeze="layer1",  # M: a third of the time
+    l2norm=0.0,  # M: at 20 the first half of the training only brings the logits down
     extra_width=0.5,  # M: as the half-width trunk
     extra_bn=True,  # M
     expand=1.0,  # M: small objects are not learnable in so few steps

@@ -16,7 +16,7 @@ EXTRAS = ((256, 512, 2), (128, 256, 2), (128, 256, 1), (128, 256, 1))  # 1×1 wi
 class L2Norm(nn.Module):
     """Scale every pixel's feature vector to length 1, times a learned scale a channel (ParseNet)."""
 
-    def __init__(self, channels: int, scale: float = 20.0) -> None:
+    def __init__(self, channels: int, scale: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((channels,), scale))
 
@@ -30,7 +30,8 @@ class SSD300(nn.Module):
 
     `topology` "layer3": layer2 (38) and layer3 (19) of the trunk, layer4 dropped, and four extra maps (10, 5, 3,
     1); "layer4_dilated": layer2 and layer4 with stride 1 and dilation 2 (19), as the SSD authors' ResNet script.
-    `extra_width` scales the width of the extra maps, 512 and 256; `extra_bn` gives them batch norm.
+    `l2norm` is the first scale of L2Norm on layer2, 0 leaves it out. `extra_width` scales the width of the extra
+    maps, 512 and 256; `extra_bn` gives them batch norm.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class SSD300(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         topology: str = "layer3",
-        l2norm: bool = True,
+        l2norm: float = 20.0,
         extra_width: float = 1.0,
         extra_bn: bool = False,
     ) -> None:
@@ -52,7 +53,7 @@ class SSD300(nn.Module):
             trunk.unstride("layer4", dilate=True)
         self.taps = ("layer2", "layer3" if topology == "layer3" else "layer4")
         widths = [trunk.channels[tap] for tap in self.taps]
-        self.l2norm = L2Norm(widths[0]) if l2norm else nn.Identity()
+        self.l2norm = L2Norm(widths[0], l2norm) if l2norm else nn.Identity()
         self.extras = nn.ModuleList()
         for squeeze, width, stride in EXTRAS:
             squeeze, width = (max(8, round(w * extra_width)) for w in (squeeze, width))
