@@ -118,7 +118,7 @@ def reference(
     same = [c for c in columns if name.startswith(c.names) and not name.startswith("imagenette")]
     column = (same or columns)[0]
     return PaperValue(
-        value=column.values[METHODS.index(method)] / 100,
+        value=round(column.values[METHODS.index(method)] / 100, 4),
         source=column.source,
         data=column.data,
         comparable=bool(same) and arch == "resnet50" and recipe == "paper",
