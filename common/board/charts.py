@@ -111,10 +111,10 @@ def _ticks(last: float, count: int = 4) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between two logarithms; finer where that gives fewer than two."""
-    for mantissas in ((1, 2, 5), range(1, 10), [m / 10 for m in range(10, 100)]):
+    """1, 2 and 5 times powers of ten between two logarithms; finer where that gives fewer than three."""
+    for mantissas in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(1, 10), [m / 10 for m in range(10, 100)]):
         ticks = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in mantissas]
         ticks = [t for t in ticks if low <= math.log10(t) <= high]
-        if len(ticks) >= 2:
+        if len(ticks) >= 3:
             return ticks[:: math.ceil(len(ticks) / 7)]
     return ticks

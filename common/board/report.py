@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from common.board import charts
 from common.board.cells import Cell
 from common.board.columns import TASKS, Column
-from common.board.gallery import LOWEST_SCORE, MOST_BOXES, SHOWN, gallery
+from common.board.gallery import MOST_BOXES, SHOWN, gallery
 from common.board.leaderboard import Board, Measure, Row
 from common.board.statistics import POWER
 from common.board.table import (
@@ -60,7 +60,7 @@ def context(cells: list[Cell], board: Board) -> dict[str, Any]:
         "paper": paper_rows(board, notes),
         "paper_notes": notes,
         "sections": [section(board, column, number) for number, column in enumerate(board.columns)],
-        "rules": {"images": SHOWN, "boxes": MOST_BOXES, "score": f"{100 * LOWEST_SCORE:.0f}"},
+        "rules": {"images": SHOWN, "boxes": MOST_BOXES},
         "total_cost": clock(sum(_seconds(cell) for cell in used)),
         "cells": [provenance(cell) for cell in sorted(used, key=lambda c: str(c.folder))],
     }

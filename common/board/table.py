@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import textwrap
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ from common.board.statistics import CONFIDENCE, POWER, Difference, Score
 __all__ = ["board_csv", "board_json", "board_markdown", "board_text", "make_board"]
 
 SCHEMA = 1
+BREAKS = re.compile(r"(?=\+\w+=)| (?=\(v)")  # before a recipe's setting, and before the table of a source
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows; the first column names the row
 
 
@@ -61,8 +63,7 @@ def levels(board: Board) -> list[str]:
         if (m := board.primary(row, column)).score and not row.scratch
     }
     return [
-        f"{name} ({seeds} {'run' if seeds == 1 else 'runs'}, {pretrainings} "
-        f"{'pretraining' if pretrainings == 1 else 'pretrainings'})"
+        f"{name} ({_count(seeds, 'run')}, {_count(pretrainings, 'pretraining')})"
         for name, seeds, pretrainings in sorted(found, key=lambda item: item[1])
     ]
 
@@ -72,8 +73,12 @@ def summary(board: Board) -> str:
     cells = [cell for entry in board.entries.values() for cell in entry.cells]
     recipes = ", ".join(sorted({c.recipe for c in board.columns}))
     data = ", ".join(sorted({c.data for c in board.columns}))
-    size = f"{len(board.rows)} backbones × {len(board.columns)} columns"
-    return f"{len(cells)} cells: {size}; recipe {recipes}; data {data}"
+    size = f"{_count(len(board.rows), 'backbone')} × {_count(len(board.columns), 'column')}"
+    return f"{_count(len(cells), 'cell')}: {size}; recipe {recipes}; data {data}"
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" + ("" if number == 1 else "s")
 
 
 def tables(board: Board) -> list[Table]:
@@ -218,13 +223,11 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def _split(cell: str) -> list[str]:
-    """A cell's lines: a head's detail goes one part a line, a long source two."""
+def _split(cell: str, width: int = 18) -> list[str]:
+    """A cell's lines: a head's detail one part a line, long recipes and sources in several."""
     lines = [part for line in cell.split("\n") for part in line.split(" · ")]
     return [
-        part
-        for line in lines
-        for part in (line.replace(" (v", "\n(v").split("\n") if len(line) > 16 else [line])
+        part for line in lines for part in (BREAKS.sub("\n", line) if len(line) > width else line).split("\n")
     ]
 
 
