@@ -16,7 +16,8 @@ class Display:
 
     def __init__(self, cells: int, slots: int) -> None:
         self.cells, self.live, self.shown_at = cells, sys.stderr.isatty(), 0.0
-        self.bar = progress(desc="cells", total=cells, bar_format="{desc} |{bar}| {elapsed} gone{postfix}")
+        form = "{desc} |{bar:30}| {elapsed} gone{postfix}"
+        self.bar = progress(desc="cells", total=cells, bar_format=form) if self.live else None
         self.slots = (
             [tqdm(bar_format="  {desc}", position=n + 1, leave=False) for n in range(slots)]
             if self.live
@@ -27,7 +28,7 @@ class Display:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for bar in [*self.slots, self.bar]:
+        for bar in [*self.slots, self.bar] if self.bar is not None else []:
             bar.close()
 
     def line(self, text: str) -> None:
@@ -37,7 +38,7 @@ class Display:
 
     def show(self, outcomes: list, running: list[tuple[str, Path]], jobs: list) -> None:
         """Refresh the bars, at most twice a second."""
-        if time.monotonic() - self.shown_at < 0.5:
+        if self.bar is None or time.monotonic() - self.shown_at < 0.5:
             return
         self.shown_at = time.monotonic()
         left = _seconds_left(outcomes, jobs, max(1, len(running)))
