@@ -606,6 +606,13 @@ def test_the_report_is_one_whole_offline_file(cells, board, tmp_path):
             assert f"{100 * board.primary(row, column).score.value:.1f}" in text
     assert "Not a result." in text and "test images only" in text
     assert "Table 1's row" in text
+    clear = [
+        m.difference.low > 0 or m.difference.high < 0
+        for r in board.rows
+        for c in board.columns
+        if (m := board.primary(r, c)).difference
+    ]
+    assert source.count("<strong>+") + source.count("<strong>−") == sum(clear)
     assert (
         source.count('class="photo"') == 6 * 4 * 3 + 6
     )  # two detectors and CAM for each backbone, one for captions

@@ -119,7 +119,7 @@ def make_columns(by_column: dict[str, list[Cell]]) -> tuple[Column, ...]:
             Column(
                 *(key, i.task, i.model, i.data, i.recipe, i.limit, first.primary, tuple(names)),
                 images=max(len(cell.images["ids"]) for cell in members),
-                label=label if i.task != "classification" else f"{label} itself",
+                label="Pretraining" if i.task == "classification" else label,
                 detail="",
                 notes=_common_notes(members),
             )
@@ -129,7 +129,7 @@ def make_columns(by_column: dict[str, list[Cell]]) -> tuple[Column, ...]:
 
 def _told_apart(column: Column, all_columns: list[Column]) -> Column:
     """The column with its detail: metric; data and recipe where they differ on the board; limit; else a number."""
-    detail = column.metric
+    detail = column.metric + (f" · {column.model}" if column.task == "classification" else "")
     for what in ("data", "recipe"):
         if len({getattr(c, what) for c in all_columns}) > 1:
             detail += f" · {getattr(column, what)}"

@@ -113,7 +113,7 @@ def _difference(measure: Measure, limit: float, index: int) -> dict[str, Any]:
     return {
         "found": found,
         "bar": charts.difference_bar(found, limit, index),
-        "clear": excludes_zero(found),
+        "decided": excludes_zero(found),
         "p": "< .001" if (found.p_holm or 0) < 0.001 else f"{found.p_holm:.3f}".lstrip("0"),
         "better": f"{100 * found.better:.0f} %",
         "correlation": _correlations(found),
