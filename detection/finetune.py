@@ -120,7 +120,7 @@ def build(backbone: Backbone, recipe: DetectionRecipe, classes: int, run: Run) -
             f"{' and all batch norm' if recipe.freeze_bn else ''}); no paired claim"
         )
     if isinstance(recipe, SSDRecipe):
-        shape = (recipe.topology, recipe.l2norm, recipe.extra_width, recipe.extra_bn)
+        shape = (recipe.topology, recipe.l2norm, recipe.extra_width, recipe.extra_bn, recipe.head_std)
         return SSD300(trunk, classes, backbone.mean, backbone.std, *shape)
     return FasterRCNN(
         trunk,

@@ -54,6 +54,7 @@ class SSDRecipe(DetectionRecipe):
     )
     extra_width: float = knob(1.0, "width of the extra maps, as a factor on 512, 256, 256, 256", "B")
     extra_bn: bool = knob(False, "batch norm in the extra maps", "B")
+    head_std: float = knob(0.0, "heads start from a normal distribution of this width; 0: Xavier's", "B")
     match_iou: float = knob(0.5, "IoU with an object from which a prior is positive", "B")
     negatives: float = knob(3.0, "hard negatives for each positive", "B")
     expand: float = knob(4.0, "largest factor of the expansion on a mean canvas; 1: none", "B")
@@ -121,14 +122,27 @@ SSD_TINY = SSDRecipe(
     weight_decay=0.02,  # M
     schedule="one_cycle",  # M
     freeze="layer1",  # M: a third of the time
-    l2norm=0.0,  # M: at 20 the first half of the training only brings the logits down
+    l2norm=0.0,  # M: with 20 and Xavier's heads half of the training only brings the logits down
+    head_std=0.01,  # M
     extra_width=0.5,  # M: as the half-width trunk
     extra_bn=True,  # M
-    expand=1.0,  # M: small objects are not learnable in so few steps
-    top=100,  # M
+    expand=1.0,  # M: one pass over less than the data overfits nothing: mAP .62, with crops and colours .28
+    crop=False,  # M
+    photometric=False,  # M
+    top=50,  # M
     log_every=10,
 )
-SSD_SMOKE = replace(SSD_TINY, iterations=3, batch=2, log_every=1, extra_width=0.25, top=20)
+SSD_SMOKE = replace(
+    SSD_TINY,
+    iterations=3,
+    batch=2,
+    extra_width=0.25,
+    expand=4.0,
+    crop=True,
+    photometric=True,
+    top=20,
+    log_every=1,
+)
 
 FRCNN_PAPER = FasterRCNNRecipe(
     iterations=120_000,  # P

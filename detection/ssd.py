@@ -31,7 +31,8 @@ class SSD300(nn.Module):
     `topology` "layer3": layer2 (38) and layer3 (19) of the trunk, layer4 dropped, and four extra maps (10, 5, 3,
     1); "layer4_dilated": layer2 and layer4 with stride 1 and dilation 2 (19), as the SSD authors' ResNet script.
     `l2norm` is the first scale of L2Norm on layer2, 0 leaves it out. `extra_width` scales the width of the extra
-    maps, 512 and 256; `extra_bn` gives them batch norm.
+    maps, 512 and 256; `extra_bn` gives them batch norm. New weights start as Xavier's,
+    the heads', with `head_std`, from a normal distribution of that width.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SSD300(nn.Module):
         l2norm: float = 20.0,
         extra_width: float = 1.0,
         extra_bn: bool = False,
+        head_std: float = 0.0,
     ) -> None:
         super().__init__()
         self.trunk, self.classes, self.mean, self.std = trunk, classes, mean, std
@@ -68,6 +70,9 @@ class SSD300(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if head_std:
+            for head in self.heads:
+                nn.init.normal_(head.weight, std=head_std)
         self.register_buffer("priors", ssd300_priors(), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
