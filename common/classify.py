@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.data.colour import colour_jitter, lighting
 from common.data.decode import Fit, decode_all, read_rgb
 from common.data.types import ImageSet
 from common.engine import autocast
@@ -42,6 +43,12 @@ class ClassifyRecipe(Recipe):
         "resize² square, decoded once",
         "P",
         choices=("random_resized", "shift"),
+    )
+    colour: str = knob(
+        "none",
+        "code: the official code's jitter .4 and lighting .1; the paper's text has none",
+        "P, C",
+        choices=("none", "code"),
     )
     test_batch: int = knob(128, "images a prediction step", "I", stage="predict")
 
@@ -95,6 +102,8 @@ class TrainImages:
             crop = self.decoded[index, y : y + size, x : x + size]
         else:
             crop = random_resized_crop(read_rgb(self.images.paths[index]), size, rng)
+        if self.recipe.colour == "code":
+            crop = lighting(colour_jitter(crop, rng), rng)
         return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 

@@ -18,6 +18,7 @@ PAPER = ClassifyRecipe(
     milestones=(75, 150, 225),  # P
     nesterov=True,  # C
     weight_decay=1e-4,  # C: on all parameters
+    colour="code",  # C: the code that gave the paper's figures jitters colours, its text does not say so
 )
 
 MINI = ClassifyRecipe(  # 10 classes at 128 px (Imagenette): one GPU, minutes a method
