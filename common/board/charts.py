@@ -98,9 +98,15 @@ def curves(series: Sequence[tuple[str, int, Sequence[float], Sequence[float]]], 
         )
         parts.append(
             f'<g class="{kind(index)}"><polyline class="curve" points="{points}">'
-            f"<title>{Markup.escape(label)}</title></polyline></g>"
+            f"<title>{Markup.escape(label)}</title></polyline>{_dots(points) if len(xs) < 4 else ''}</g>"
         )
     return _svg(width, height, parts, name, "chart")
+
+
+def _dots(points: str) -> str:
+    """A short curve's points: one alone would not show."""
+    places = (point.split(",") for point in points.split())
+    return "".join(f'<circle class="dot" cx="{x}" cy="{y}" r="3"/>' for x, y in places)
 
 
 def _ticks(last: float, count: int = 4) -> list[float]:
@@ -117,4 +123,4 @@ def _log_ticks(low: float, high: float) -> list[float]:
         ticks = [t for t in ticks if low <= math.log10(t) <= high]
         if len(ticks) >= 3:
             return ticks[:: math.ceil(len(ticks) / 7)]
-    return ticks
+    return [float(f"{10**value:.3g}") for value in (low, high)]

@@ -46,6 +46,8 @@ def context(cells: list[Cell], board: Board) -> dict[str, Any]:
     """All that the template shows."""
     used = [cell for entry in board.entries.values() for cell in entry.cells]
     notes = paper_notes(board)
+    paired = differences(board)
+    speak = {place["found"].level for line in paired for place in line["places"] if place["found"]}
     return {
         "board": board,
         "summary": summary(board),
@@ -55,7 +57,9 @@ def context(cells: list[Cell], board: Board) -> dict[str, Any]:
         "remarks": [line for line in remarks(board) if not board.machinery or line != board.notes[0]],
         "left_out": len(cells) - len(used),
         "leaderboard": leaderboard(board),
-        "differences": differences(board),
+        "differences": paired,
+        "mixed_levels": len(speak) > 1,
+        "difference_level": next(iter(speak), ""),
         "power": f"{100 * POWER:.0f}",
         "paper": paper_rows(board, notes),
         "paper_notes": notes,
@@ -114,15 +118,15 @@ def _difference(measure: Measure, limit: float, index: int) -> dict[str, Any]:
         "found": found,
         "bar": charts.difference_bar(found, limit, index),
         "decided": excludes_zero(found),
-        "p": "< .001" if (found.p_holm or 0) < 0.001 else f"{found.p_holm:.3f}".lstrip("0"),
+        "p": "< .001" if found.p_holm < 0.001 else f"{found.p_holm:.{3 if found.p_holm < 0.1 else 2}f}",
         "better": f"{100 * found.better:.0f} %",
         "correlation": _correlations(found),
     }
 
 
 def _correlations(found) -> str:
-    parts = [("images", found.image_correlation), ("seeds", found.seed_correlation)]
-    return ", ".join(f"{name} {value:.2f}".replace("-", "−") for name, value in parts if value is not None)
+    parts = [("over images", found.image_correlation), ("over seeds", found.seed_correlation)]
+    return ", ".join(f"{value:.2f} {name}".replace("-", "−") for name, value in parts if value is not None)
 
 
 def paper_rows(board: Board, notes: list[str]) -> list[dict[str, Any]]:

@@ -24,8 +24,9 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """A difference × 100, with its sign (a true minus)."""
-    return f"{100 * value:+.{digits}f}".replace("-", "−")
+    """A difference × 100, with its sign (a true minus), 0 without one."""
+    text = f"{100 * value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def half_width(found: Score | Difference) -> float:
