@@ -59,7 +59,6 @@ class Cell:
             return self.identity.seed
         return self.identity.backbone if known is None else known
 
-    @cached_property
     def images(self) -> dict[str, np.ndarray]:
         """The arrays of images.npz. Raises UserError when it is missing, damaged or not this cell's."""
         path = self.folder / "images.npz"
@@ -74,9 +73,9 @@ class Cell:
             raise UserError(f"{path}: cannot be read ({error}); copy the folder again, whole") from None
 
     @cached_property
-    def image_key(self) -> str:
-        """A digest of the ordered ids of its test images: equal for cells that can be paired."""
-        return digest([str(i) for i in self.images["ids"].tolist()])
+    def ids(self) -> list[str]:
+        """The ordered ids of its test images: equal ones can be paired."""
+        return [str(i) for i in self.images()["ids"].tolist()]
 
     def log(self) -> list[dict[str, float]]:
         """The lines of log.jsonl; none where there is no log, an unfinished last line left out."""
@@ -171,7 +170,7 @@ def rescore_cells(cells: list[Cell], replicates: int = REPLICATES, seed: int = 0
         if known:
             results[index] = known
         else:
-            todo.setdefault(len(cell.images["ids"]), []).append(index)
+            todo.setdefault(len(cell.ids), []).append(index)
     for n, members in todo.items():
         for start in range(0, len(members), AT_ONCE):
             batch = members[start : start + AT_ONCE]
@@ -182,13 +181,14 @@ def rescore_cells(cells: list[Cell], replicates: int = REPLICATES, seed: int = 0
 
 
 def _rescore(cells: list[Cell], n: int, replicates: int, seed: int) -> list[Rescored]:
+    arrays = [cell.images() for cell in cells]
     blocks: list[list[dict[str, np.ndarray]]] = [[] for _ in cells]
     for weights in draw_weights(n, replicates, np.random.default_rng([seed, n])):
-        for block, cell in zip(blocks, cells):
-            block.append(rescore(cell.identity.task, cell.images, weights))
+        for block, cell, images in zip(blocks, cells, arrays):
+            block.append(rescore(cell.identity.task, images, weights))
     found = []
-    for block, cell in zip(blocks, cells):
-        point = {k: float(v[0]) for k, v in rescore(cell.identity.task, cell.images, None).items()}
+    for block, cell, images in zip(blocks, cells, arrays):
+        point = {k: float(v[0]) for k, v in rescore(cell.identity.task, images, None).items()}
         found.append(Rescored(point, {k: np.concatenate([b[k] for b in block]) for k in point}))
     return found
 

@@ -118,7 +118,7 @@ def make_columns(by_column: dict[str, list[Cell]]) -> tuple[Column, ...]:
         drafts.append(
             Column(
                 *(key, i.task, i.model, i.data, i.recipe, i.limit, first.primary, tuple(names)),
-                images=max(len(cell.images["ids"]) for cell in members),
+                images=max(len(cell.ids) for cell in members),
                 label="Pretraining" if i.task == "classification" else label,
                 detail="",
                 notes=_common_notes(members),

@@ -132,7 +132,7 @@ def _predictions(cell: Cell) -> dict[str, list[dict[str, Any]]] | None:
 
 
 def _positions(cell: Cell) -> dict[str, int]:
-    return {str(name): i for i, name in enumerate(cell.images["ids"].tolist())}
+    return {name: i for i, name in enumerate(cell.ids)}
 
 
 def class_names(cell: Cell) -> list[str]:
@@ -146,7 +146,7 @@ def detections(cell: Cell) -> Answer | None:
     predictions, positions, names = _predictions(cell), _positions(cell), class_names(cell)
     if predictions is None:
         return None
-    stats = cell.images
+    stats = cell.images()
     lowest = best_threshold(stats)
 
     def answer(panel: Panel, name: str, thumbnail: Thumbnail) -> None:
@@ -207,7 +207,7 @@ def spoken(cell: Cell) -> Answer | None:
     predictions, positions = _predictions(cell), _positions(cell)
     if predictions is None:
         return None
-    cider = per_image(cell.images)["CIDEr"]
+    cider = per_image(cell.images())["CIDEr"]
 
     def answer(panel: Panel, name: str, thumbnail: Thumbnail) -> None:
         if name in predictions and name in positions:
@@ -226,7 +226,7 @@ def activations(cell: Cell) -> Answer | None:
     with np.load(path, allow_pickle=False) as file:
         where = {str(name): i for i, name in enumerate(file["ids"].tolist())}
         maps, window = file["maps"], file["window"]
-    stats, positions = cell.images, _positions(cell)
+    stats, positions = cell.images(), _positions(cell)
 
     def answer(panel: Panel, name: str, thumbnail: Thumbnail) -> None:
         if name not in where or name not in positions:

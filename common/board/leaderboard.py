@@ -133,12 +133,11 @@ def _samples(group: list[Cell], column: Column, rescored: dict[int, Rescored]) -
     """Each metric's runs, or why they make no sample."""
     if not group:
         return {}
-    if len({cell.image_key for cell in group}) > 1:
+    if len({tuple(cell.ids) for cell in group}) > 1:
         return dict.fromkeys(column.metrics, "its seeds were scored on different images: run them again")
     found: dict[str, Sample | str] = {}
     for metric in column.metrics:
-        having = [cell for cell in group if metric in rescored[id(cell)].point]
-        if len(having) < len(group):
+        if not all(np.isfinite(rescored[id(cell)].point.get(metric, np.nan)) for cell in group):
             found[metric] = _why_missing(metric, group)
             continue
         results = [rescored[id(cell)] for cell in group]
@@ -147,7 +146,7 @@ def _samples(group: list[Cell], column: Column, rescored: dict[int, Rescored]) -
             seeds=tuple(cell.identity.seed for cell in group),
             values=_array(r.point[metric] for r in results),
             replicates=_array(r.replicates[metric] for r in results),
-            images=len(group[0].images["ids"]),
+            images=len(group[0].ids),
         )
     return found
 
@@ -218,8 +217,8 @@ def _why_unpaired(row: Row, baseline_row: Row | None, groups: dict[str, list[Cel
     theirs = groups[baseline_row.key]
     if not theirs:
         return f"{baseline} has not run here"
-    if len({cell.image_key for cell in [*groups[row.key], *theirs]}) > 1:
-        ours, others = len(groups[row.key][0].images["ids"]), len(theirs[0].images["ids"])
+    if len({tuple(cell.ids) for cell in [*groups[row.key], *theirs]}) > 1:
+        ours, others = len(groups[row.key][0].ids), len(theirs[0].ids)
         return f"scored on other test images than {baseline} ({ours} and {others})"
     return ""
 
