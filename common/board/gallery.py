@@ -246,7 +246,7 @@ def activations(cell: Cell) -> Answer | None:
         )
         parts = [f'<image class="heat" preserveAspectRatio="none" {place} href="{heat}"/>', *drawn]
         panel.picture = thumbnail.picture(parts, f"{panel.row.label}: IoU {overlap:.2f}")
-        text = "class right" if right else f"class wrong (true one at rank {int(stats['rank'][i]) + 1})"
+        text = "class right" if right else f"class wrong (rank {int(stats['rank'][i]) + 1})"
         panel.lines.append((text, right and overlap > 0.5))
 
     return answer
