@@ -728,6 +728,36 @@ class TestFinetune:
         assert finetune.main(finetune_args(devkit, backbone, tmp_path / "b", detector)) == 0
         assert "finished already" in capsys.readouterr().out and cell.stat().st_mtime_ns == before
 
+    @pytest.mark.parametrize("detector", ["ssd300", "faster_rcnn"])
+    def test_killed_and_resumed_is_the_same_to_the_byte(
+        self, devkit, backbone, tmp_path, detector, monkeypatch
+    ):
+        more = ("--set", "iterations=3", "--set", "save_every=0")
+        assert finetune.main(finetune_args(devkit, backbone, tmp_path / "a", detector, *more)) == 0
+        make, calls = finetune.STEPS[detector], []
+
+        def dies(recipe):
+            step = make(recipe)
+
+            def dying(*args):
+                calls.append(1)
+                if len(calls) == 3:
+                    raise KeyboardInterrupt
+                return step(*args)
+
+            return dying
+
+        with monkeypatch.context() as patch:
+            patch.setitem(finetune.STEPS, detector, dies)
+            with pytest.raises(KeyboardInterrupt):
+                finetune.main(finetune_args(devkit, backbone, tmp_path / "b", detector, *more))
+        (resume,) = (tmp_path / "b").rglob("resume.pt")
+        assert torch.load(resume)["iteration"] == 2
+        assert finetune.main(finetune_args(devkit, backbone, tmp_path / "b", detector, *more)) == 0
+        for name in ("predictions.json", "images.npz"):
+            files = [next((tmp_path / out).rglob(name)).read_bytes() for out in "ab"]
+            assert files[0] == files[1]
+
     def test_scratch_freezes_nothing(self, devkit, backbone, tmp_path):
         arguments = finetune_args(devkit, "scratch:resnet18_half", tmp_path / "s", "faster_rcnn")
         assert finetune.main([*arguments, "--set", "freeze_bn=true"]) == 0
