@@ -27,17 +27,18 @@ from captioning.recipes import RECIPES, CaptionRecipe
 from captioning.report import as_markdown, make_report
 from captioning.scoring import Scorer
 from captioning.vocabulary import END, PAD, START, UNK, Vocabulary, build_vocabulary, words_of
-from common.backbone import Backbone, load_backbone
-from common.cell import Run, add_backbone_arguments, open_run
+from common.backbone import Backbone
+from common.cell import Run
 from common.data import open_captions
 from common.data.thumbnails import write_thumbnails
 from common.data.types import CaptionSet
-from common.engine import INIT, autocast, is_main, pick_device, torch_seed, train
+from common.engine import INIT, autocast, is_main, torch_seed, train
 from common.errors import UserError, run_main
 from common.files import read_json, write_json
 from common.metrics import rescore
 from common.progress import progress
-from common.recipe import label, override, parser
+from common.recipe import override
+from common.transfer import open_transfer, transfer_parser
 
 TASK, MODEL = "captioning", "nic"
 
@@ -46,32 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     """Arguments → recipe → data → backbone → features → training → captions → scores, cell."""
     args = arguments().parse_args(argv)
     recipe = override(RECIPES[args.recipe], args.set)
-    spec = args.data or ("scenes:size=smoke" if args.recipe == "smoke" else "scenes")
-    if not args.data:
-        print(f"no --data: using the embedded world ({spec})")
-    device = pick_device(args.device)
-    train_set, test_set = open_captions(spec, args.limit or None, args.skip_bad)
-    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed)
-    run = open_run(
-        args.out,
-        task=TASK,
-        data=test_set.name,
-        model=MODEL,
-        recipe=recipe,
-        recipe_label=label(args.recipe, args.set),
-        backbone=backbone,
-        seed=args.seed,
-        train_fingerprint=train_set.fingerprint,
-        test_fingerprint=test_set.fingerprint,
-        limit=args.limit,
-        restart=args.restart,
-        skip_bad=len(train_set.skipped) + len(test_set.skipped),
+    opened = open_transfer(
+        args, task=TASK, model=MODEL, recipe=recipe, settings=args.set, reader=open_captions
     )
+    run, backbone, train_set, test_set = opened.run, opened.backbone, opened.train_set, opened.test_set
     if run.finished:
-        print(f"finished already: {run.folder}")
         return 0
-    for line in (*train_set.report, *test_set.report):
-        run.note(f"data: {line}")
+    device = opened.device
     words = [[words_of(caption, recipe.punctuation) for caption in image] for image in train_set.captions]
     vocabulary = build_vocabulary((w for image in words for w in image), recipe.threshold, recipe.punctuation)
     model, cost = train_nic(run, backbone, train_set, words, vocabulary, args, device)
@@ -88,14 +70,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments():
     """The command line of this script."""
-    made = parser(__doc__, RECIPES, default="tiny")
-    add_backbone_arguments(made)
-    made.add_argument(
-        "--data",
-        metavar="KIND:PATH",
-        help="captions:images=DIR,train=A.json,val=B.json in COCO's caption format, captions:DIR in COCO's layout, "
-        "or scenes, the embedded world (default)",
+    data_help = (
+        "captions:images=DIR,train=A.json,val=B.json in COCO's caption format, captions:DIR in COCO's layout"
     )
+    made = transfer_parser(__doc__, RECIPES, data_help)
     return made
 
 

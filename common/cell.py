@@ -101,6 +101,12 @@ class Run:
         if line not in self.notes:
             self.notes.append(line)
 
+    def note_data(self, train_report: list[str], test_report: list[str]) -> None:
+        """Note what the rules for flawed data did, part by part."""
+        for part, lines in (("training", train_report), ("test", test_report)):
+            for line in lines:
+                self.note(f"{part} data: {line}")
+
     @contextmanager
     def stage(self, name: str, files: list[str]) -> Iterator[None]:
         """Run a stage's body, which writes `files` into the folder; record key, hashes and cost when it succeeds."""
@@ -314,18 +320,3 @@ def _code_without_prose(path: Path) -> str:
         ):
             del body[0]
     return ast.dump(tree)
-
-
-def add_backbone_arguments(parser: Any) -> None:
-    """The arguments that every transfer task takes beside the recipe's."""
-    parser.add_argument(
-        "--backbone",
-        required=True,
-        help="a checkpoint (a file of pretrain/run.py, torchvision, timm, the official CutMix code …), "
-        "torchvision:NAME, timm:NAME, or scratch:ARCH for random weights",
-    )
-    parser.add_argument("--arch", help="architecture of `--backbone scratch`; a file says its own")
-    parser.add_argument(
-        "--name", help="the backbone's name in results (default: the file's method, or its name)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.backbone import Backbone, load_backbone
-from common.cell import Run, add_backbone_arguments, open_run
+from common.backbone import Backbone
+from common.cell import Run
 from common.data import open_detection
 from common.data.thumbnails import write_thumbnails
-from common.engine import INIT, is_main, pick_device, torch_seed, train
+from common.engine import INIT, is_main, torch_seed, train
 from common.errors import run_main
-from common.recipe import describe, label, override, parser
+from common.recipe import describe, override
+from common.transfer import open_transfer, transfer_parser
 from detection.data import TrainViews
 from detection.faster_rcnn import FasterRCNN, no_decay_on_biases
 from detection.predict import predict, write_results
@@ -39,33 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     """Arguments → recipe → data → backbone → training → predictions.json → scores, cell."""
     args = arguments().parse_args(argv)
     recipe = override(RECIPES[args.detector][args.recipe], args.set)
-    spec = args.data or ("scenes:size=smoke" if args.recipe == "smoke" else "scenes")
-    if not args.data:
-        print(f"no --data: using the embedded world ({spec})")
-    device = pick_device(args.device)
-    train_set, test_set = open_detection(spec, args.limit or None, args.skip_bad)
-    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed)
-    run = open_run(
-        args.out,
-        task=TASK,
-        data=test_set.name,
-        model=args.detector,
-        recipe=recipe,
-        recipe_label=label(args.recipe, args.set),
-        backbone=backbone,
-        seed=args.seed,
-        train_fingerprint=train_set.fingerprint,
-        test_fingerprint=test_set.fingerprint,
-        limit=args.limit,
-        restart=args.restart,
-        skip_bad=len(train_set.skipped) + len(test_set.skipped),
+    opened = open_transfer(
+        args, task=TASK, model=args.detector, recipe=recipe, settings=args.set, reader=open_detection
     )
+    run, backbone, train_set, test_set = opened.run, opened.backbone, opened.train_set, opened.test_set
     if run.finished:
-        print(f"finished already: {run.folder}")
         return 0
-    for part, images in (("training", train_set), ("test", test_set)):
-        for line in images.report:
-            run.note(f"{part} data: {line}")
+    device = opened.device
     torch.manual_seed(torch_seed(INIT, args.seed))
     model = build(backbone, recipe, len(train_set.classes), run)
     cost = train(
@@ -94,16 +75,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments():
     """The command line of this script."""
-    made = parser(__doc__, RECIPES["ssd300"], default="tiny")
+    data_help = "voc:VOCDEVKIT[,year=2007+2012], voc:DIR with JPEGImages, Annotations and ImageSets"
+    made = transfer_parser(__doc__, RECIPES["ssd300"], data_help)
     made.epilog = "\n\n".join(f"{name}: {describe(recipes)}" for name, recipes in RECIPES.items())
-    add_backbone_arguments(made)
     made.add_argument("--detector", default="ssd300", choices=list(RECIPES), help="(default: ssd300)")
-    made.add_argument(
-        "--data",
-        metavar="KIND:PATH",
-        help="voc:VOCDEVKIT[,year=2007+2012], voc:DIR with JPEGImages, Annotations and ImageSets, or scenes, "
-        "the embedded world (default)",
-    )
     return made
 
 

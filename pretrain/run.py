@@ -29,6 +29,7 @@ from common.metrics import rescore
 from common.metrics.classification import true_rank
 from common.mixing import METHODS
 from common.recipe import label, override, parser, to_json
+from common.transfer import data_or_world
 from common.trunk import ARCHS, Classifier, Trunk
 from pretrain.recipes import RECIPES
 
@@ -38,11 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     recipe = override(replace(RECIPES[args.recipe], method=args.method), args.set)
     arch = args.arch or ("resnet18_half" if args.recipe in ("smoke", "tiny") else "resnet50")
-    spec = args.data or ("scenes:size=smoke" if args.recipe == "smoke" else "scenes")
-    if not args.data:
-        print(f"no --data: using the embedded world ({spec})")
     device = pick_device(args.device)
-    train_set, test_set = open_classification(spec, args.limit or None, args.skip_bad)
+    train_set, test_set = open_classification(data_or_world(args), args.limit or None, args.skip_bad)
     name = args.recipe_label or label(args.recipe, args.set)
     identity = Identity(
         *(train_set.name, "classification", arch, name, recipe.method, args.seed),
@@ -68,8 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if run.finished and file.exists():
         print(f"finished already: {file}")
         return 0
-    for line in (*train_set.report, *test_set.report):
-        run.note(f"data: {line}")
+    run.note_data(train_set.report, test_set.report)
     torch.manual_seed(torch_seed(INIT, args.seed))
     model = Classifier(Trunk(arch), len(train_set.classes))
     cost = train(

@@ -15,19 +15,20 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 import numpy as np
 import torch
 
-from common.backbone import Backbone, load_backbone
-from common.cell import Run, add_backbone_arguments, open_run
+from common.backbone import Backbone
+from common.cell import Run
 from common.classify import TrainImages, make_step
 from common.data import open_localisation
 from common.data.decode import Fit, centre_crop, decode_all
 from common.data.thumbnails import write_thumbnails
 from common.data.types import ImageSet, hash_order
-from common.engine import INIT, autocast, is_main, pick_device, torch_seed, train
+from common.engine import INIT, autocast, is_main, torch_seed, train
 from common.errors import UserError, run_main
 from common.metrics.classification import true_rank
 from common.mixing import METHODS
 from common.progress import progress
-from common.recipe import label, override, parser
+from common.recipe import override
+from common.transfer import open_transfer, transfer_parser
 from common.trunk import Classifier, normalise
 from wsol.boxes import crop_window
 from wsol.cam import ScoreMaps, compact, join, load_maps, predict
@@ -42,33 +43,18 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     settings = [*args.set, f"method={args.method}"] if args.method else args.set
     recipe = override(RECIPES[args.recipe], settings)
-    spec = args.data or ("scenes:size=smoke" if args.recipe == "smoke" else "scenes")
-    if not args.data:
-        print(f"no --data: using the embedded world ({spec})")
-    device = pick_device(args.device)
-    train_set, test_set = open_localisation(spec, args.limit or None, args.skip_bad)
-    kept, held_out = hold_out(train_set, recipe)
-    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed)
-    run = open_run(
-        args.out,
-        task=TASK,
-        data=test_set.name,
-        model=MODEL,
-        recipe=recipe,
-        recipe_label=label(args.recipe, settings),
-        backbone=backbone,
-        seed=args.seed,
-        train_fingerprint=train_set.fingerprint,
-        test_fingerprint=test_set.fingerprint,
-        limit=args.limit,
-        restart=args.restart,
-        skip_bad=len(train_set.skipped) + len(test_set.skipped),
-    )
+
+    def reader(*spec):
+        sets = open_localisation(*spec)
+        hold_out(sets[0], recipe)  # refused, if it is, before anything is written
+        return sets
+
+    opened = open_transfer(args, task=TASK, model=MODEL, recipe=recipe, settings=settings, reader=reader)
+    run, backbone, train_set, test_set = opened.run, opened.backbone, opened.train_set, opened.test_set
     if run.finished:
-        print(f"finished already: {run.folder}")
         return 0
-    for line in (*train_set.report, *test_set.report):
-        run.note(f"data: {line}")
+    device = opened.device
+    kept, held_out = hold_out(train_set, recipe)
     torch.manual_seed(torch_seed(INIT, args.seed))
     model = Classifier(backbone.trunk, len(train_set.classes))
     model.trunk.unstride("layer4")
@@ -97,18 +83,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments():
     """The command line of this script."""
-    made = parser(__doc__, RECIPES, default="tiny")
-    add_backbone_arguments(made)
+    data_help = "cub:DIR, folder:DIR,boxes=FILE (rows path,x0,y0,x1,y1 in shares)"
+    made = transfer_parser(__doc__, RECIPES, data_help)
     made.add_argument(
         "--method",
         choices=METHODS,
         help="how batches are mixed in this training (default: the recipe's, baseline)",
-    )
-    made.add_argument(
-        "--data",
-        metavar="KIND:PATH",
-        help="cub:DIR, folder:DIR,boxes=FILE (rows path,x0,y0,x1,y1 in shares), or scenes, the embedded world "
-        "(default)",
     )
     return made
 

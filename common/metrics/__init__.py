@@ -14,7 +14,9 @@ MODULES = {
 }
 
 
-def rescore(task: str, images: Mapping[str, np.ndarray], weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def rescore(
+    task: str, images: Mapping[str, np.ndarray], weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """All metrics of a cell from its per-image statistics (images.npz), for R sets of image weights.
 
     `weights` is (R, n_images), None for all ones (R = 1); each value is an (R,) array of fractions.

@@ -1,0 +1,85 @@
+"""What every transfer task does before it trains: arguments, data, backbone and run folder, checked in this order."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.backbone import Backbone, load_backbone
+from common.cell import Run, open_run
+from common.engine import pick_device
+from common.recipe import Recipe, label, parser
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """An opened transfer run."""
+
+    run: Run
+    backbone: Backbone
+    train_set: Any
+    test_set: Any
+    device: torch.device
+
+
+def transfer_parser(doc: str, recipes: Mapping[str, Recipe], data_help: str) -> argparse.ArgumentParser:
+    """The command line of a transfer task: the recipe's arguments, the backbone's, the data's."""
+    made = parser(doc, dict(recipes), default="tiny")
+    made.add_argument(
+        "--backbone",
+        required=True,
+        help="a checkpoint (a file of pretrain/run.py, torchvision, timm, the official CutMix code …), "
+        "torchvision:NAME, timm:NAME, or scratch:ARCH for random weights",
+    )
+    made.add_argument("--arch", help="architecture of `--backbone scratch`; a file says its own")
+    made.add_argument(
+        "--name", help="the backbone's name in results (default: the file's method, or its name)"
+    )
+    made.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")
+    help_text = f"{data_help}, or scenes, the embedded world (default)"
+    made.add_argument("--data", metavar="KIND:PATH", help=help_text)
+    return made
+
+
+def open_transfer(
+    args: argparse.Namespace, *, task: str, model: str, recipe: Recipe, settings: list[str], reader: Callable
+) -> Transfer:
+    """Read and check the data with `reader` (an `open_*` of common.data), load the backbone, open the run folder.
+
+    `settings` are the `field=value` texts that name the recipe in result paths. What the data's rules did is noted in
+    the run. Raises UserError for whatever is wrong, before anything is written.
+    """
+    device = pick_device(args.device)
+    train_set, test_set = reader(data_or_world(args), args.limit or None, args.skip_bad)
+    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed)
+    run = open_run(
+        args.out,
+        task=task,
+        data=test_set.name,
+        model=model,
+        recipe=recipe,
+        recipe_label=label(args.recipe, settings),
+        backbone=backbone,
+        seed=args.seed,
+        train_fingerprint=train_set.fingerprint,
+        test_fingerprint=test_set.fingerprint,
+        limit=args.limit,
+        restart=args.restart,
+        skip_bad=len(train_set.skipped) + len(test_set.skipped),
+    )
+    run.note_data(train_set.report, test_set.report)
+    if run.finished:
+        print(f"finished already: {run.folder}")
+    return Transfer(run, backbone, train_set, test_set, device)
+
+
+def data_or_world(args: argparse.Namespace) -> str:
+    """The data spec of the command line, or the embedded world, which is said."""
+    if args.data:
+        return args.data
+    spec = "scenes:size=smoke" if args.recipe == "smoke" else "scenes"
+    print(f"no --data: using the embedded world ({spec})")
+    return spec
