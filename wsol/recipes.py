@@ -6,7 +6,8 @@ There pretraining and WSOL training use the same method:
 
     python wsol/finetune.py --backbone cutmix.pt --method cutmix --data cub:CUB_200_2011 --recipe paper
 
-`tiny` is the embedded world on two CPU cores, some ten seconds; Top-1 Loc around .7, chance around .1.
+`tiny` is the embedded world on two CPU cores, 35 CPU seconds in fp32; Top-1 Loc around .7 (random weights .17,
+shuffled predictions .03).
 """
 
 from dataclasses import dataclass, replace
@@ -76,10 +77,10 @@ MINI = replace(PAPER, epochs=60, milestones=(15, 30, 45))  # I: the CUB recipe, 
 TINY = replace(
     PAPER,
     epochs=0,
-    iterations=60,  # M
+    iterations=36,  # M: 60 (at lr 2e-3) give 13 points more for two thirds more time
     batch=32,  # M
     optimizer="adamw",  # M: SGD stays near chance in so few steps
-    lr=1e-3,  # M
+    lr=3e-3,  # M
     head_lr=3.0,  # M
     weight_decay=0.02,  # M
     schedule="one_cycle",  # M
