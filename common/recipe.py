@@ -129,9 +129,13 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
-def label(name: str, settings: list[str]) -> str:
-    """A recipe's name in result paths: `paper`, or `paper+lr=0.01` when fields were set."""
-    return "+".join([name, *sorted(settings)]).replace("/", "_")
+def label(name: str, settings: list[str], recipe: Recipe) -> str:
+    """A recipe's name in result paths: `paper`, or `paper+lr=0.01` when fields of training were set.
+
+    Fields of later stages are left out: a new threshold scores the same run again, in the same folder.
+    """
+    train = recipe.stage_fields("train")
+    return "+".join([name, *sorted(s for s in settings if s.partition("=")[0] in train)]).replace("/", "_")
 
 
 def describe(recipes: dict[str, Recipe]) -> str:

@@ -61,7 +61,7 @@ def open_transfer(
         data=test_set.name,
         model=model,
         recipe=recipe,
-        recipe_label=label(args.recipe, settings),
+        recipe_label=label(args.recipe, settings, recipe),
         backbone=backbone,
         seed=args.seed,
         train_fingerprint=train_set.fingerprint,

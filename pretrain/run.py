@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     arch = args.arch or ("resnet18_half" if args.recipe in ("smoke", "tiny") else "resnet50")
     device = pick_device(args.device)
     train_set, test_set = open_classification(data_or_world(args), args.limit or None, args.skip_bad)
-    name = args.recipe_label or label(args.recipe, args.set)
+    name = label(args.recipe, args.set, recipe)
     identity = Identity(
         *(train_set.name, "classification", arch, name, recipe.method, args.seed),
         **{"group": recipe.method, "method": recipe.method, "arch": arch, "limit": args.limit},
@@ -103,9 +103,6 @@ def arguments():
     )
     made.add_argument(
         "--out", type=Path, help="run folder; the backbone file is OUT/METHOD.pt (default: runs/METHOD)"
-    )
-    made.add_argument(
-        "--recipe-label", help="the recipe's name in the cell (default: --recipe and the --set values)"
     )
     return made
 

@@ -237,6 +237,8 @@ def test_localisation_scores_the_boxed_images_of_val(imagefolder):
     listed = boxes_file(imagefolder, rows)
     train, test = open_localisation(f"folder:{imagefolder},boxes={listed}")
     assert len(train) == 8 and test.ids == ["val/dog/val1.png"] and test.labels.tolist() == [1]
+    boxed = {key: boxes.tolist() for key, boxes in zip(train.ids, train.boxes) if len(boxes)}
+    assert boxed == {"train/cat/train0.png": [[0, 0, 1, 1]]}  # a threshold may be chosen on them
     assert (
         test.boxes[0].tolist() == [[0, 0.5, 1, 1], [0.25, 0, 0.5, 0.5]] and test.boxes[0].dtype == np.float64
     )

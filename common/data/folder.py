@@ -157,9 +157,15 @@ def _with_boxes(
         scored = _join(train.take(np.flatnonzero(in_train)), scored)
     _need_images(scored, f"{listed}: no image of val has a box")
     _refuse_copies(kept, scored)
-    scored_boxes = [boxes[key] for key in scored.ids]
-    key = fingerprint(scored.fingerprint, scored.ids, scored.paths, [listed])
-    return kept, replace(scored, boxes=scored_boxes, fingerprint=key)
+    return _boxed(kept, boxes, listed) if in_train.any() and not exclude else kept, _boxed(
+        scored, boxes, listed
+    )
+
+
+def _boxed(images: ImageSet, boxes: dict[str, np.ndarray], listed: Path) -> ImageSet:
+    """The set with the boxes that the list has for it, (0, 4) where it has none."""
+    key = fingerprint(images.fingerprint, images.ids, images.paths, [listed])
+    return replace(images, boxes=[boxes.get(key, np.zeros((0, 4))) for key in images.ids], fingerprint=key)
 
 
 def _switch(spec: DataSpec, key: str) -> bool:
