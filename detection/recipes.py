@@ -111,9 +111,9 @@ SSD_PAPER = SSDRecipe(
 )
 SSD_MINI = replace(
     SSD_PAPER,
-    iterations=12_000,  # M: VOC07+12 in about half an hour of one GPU
-    milestones=(8_000, 10_000),  # M
-    warmup=500,  # M
+    iterations=12_000,  # I: a tenth of the paper; not measured
+    milestones=(8_000, 10_000),  # I
+    warmup=500,  # I
 )
 SSD_TINY = SSDRecipe(
     iterations=80,  # M
@@ -162,9 +162,9 @@ FRCNN_PAPER = FasterRCNNRecipe(
 )
 FRCNN_MINI = replace(
     FRCNN_PAPER,
-    iterations=9_000,  # M: VOC07+12 in about an hour of one GPU
-    milestones=(7_500,),  # M
-    warmup=500,  # M
+    iterations=9_000,  # I: a thirteenth of the paper; not measured
+    milestones=(7_500,),  # I
+    warmup=500,  # I
 )
 FRCNN_TINY = FasterRCNNRecipe(
     iterations=80,  # M
