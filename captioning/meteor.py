@@ -22,6 +22,7 @@ from captioning import paraphrases
 from common.data.cache import cache_folder, locked
 from common.errors import UserError
 from common.files import digest, read_json, write_json
+from common.metrics.captions import meteor_counts
 
 # what pycocoevalcap's PTBTokenizer drops; it compares lower-cased tokens, so brackets (-lrb-) in fact stay
 PUNCTUATION = frozenset(
@@ -244,10 +245,11 @@ class Meteor:
         ]
         answers = self._java.ask(lines)
         try:
-            return np.array([[float(x) for x in a.split()] for a in answers]).reshape(len(lines), 23)
+            raw = np.array([[float(x) for x in a.split()] for a in answers]).reshape(len(lines), 23)
         except ValueError:
             bad = next(a for a in answers if len(a.split()) != 23 or a.startswith("Error"))
             raise JavaError(f"METEOR answered {bad!r}") from None
+        return meteor_counts(raw)
 
     def close(self) -> None:
         """End the process."""

@@ -7,7 +7,7 @@ ResNet-50, 24.9, 23.1, 77.6 of CutMix; training sees features only, so 100 epoch
 
 `modern` is what the field does today: a wider model, five captions an image together, then the encoder trained
 too. `mini` is for a thousand images and a CPU (Flickr8k: some minutes). `tiny` is the embedded world on two CPU
-cores, some fifteen seconds: CIDEr around 1.4, a constant caption around .6.
+cores, some fifteen seconds: CIDEr around .8, a constant caption .4.
 """
 
 from dataclasses import dataclass, replace
@@ -155,21 +155,21 @@ MINI = replace(
 TINY = replace(
     MODERN,
     epochs=5,  # M
-    batch=32,  # M
+    batch=16,  # M: batches of 32 train too few steps
     optimizer="adamw",  # M
-    lr=4e-3,  # M
+    lr=0.012,  # M: CIDEr .45, .55, .72, .72 at .002, .004, .012, .016
     embed=128,  # M
-    hidden=256,  # M
+    hidden=128,  # M
     dropout=0.1,  # M
     threshold=2,  # M
     views=1,  # M
-    resize=128,  # M
-    size=128,  # M
-    scratch_resize=72,  # M
-    scratch_size=64,  # M
+    resize=96,  # M
+    size=96,  # M
+    scratch_resize=64,  # M
+    scratch_size=56,  # M
     encoder_epochs=0,  # M
-    encoder_lr=0.5,  # M
-    beam=3,  # M
+    encoder_lr=0.1,  # M
+    shortest=9,  # M: or it says "there are two things …" of every image; scratch then scores .6, and .3 with this
 )
 
 SMOKE = replace(TINY, epochs=0, iterations=6, batch=8, resize=64, size=64, embed=32, hidden=32, beam=2)

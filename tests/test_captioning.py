@@ -1,21 +1,18 @@
 """The captioning room: vocabulary, model, beam search, the scripts end to end."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from captioning.beam import Beam, beam_search
 from captioning.nic import NIC
-from captioning.vocabulary import END, PAD, START, UNK, Vocabulary, build_vocabulary, load_vocabulary, words_of
-from common.errors import UserError
+from captioning.vocabulary import (
+    END,
+    PAD,
+    START,
+    UNK,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -175,8 +175,20 @@ def _bleu(
     return {f"BLEU-{k}": precision[:, k - 1] ** (1 / k) * brevity for k in range(1, ORDERS + 1)}
 
 
+def meteor_counts(raw: np.ndarray) -> np.ndarray:
+    """The statistics (n, 23) by which captions enter METEOR's corpus score, of those its jar prints for each.
+
+    A caption and reference that match whole, in one piece, count as no chunk at all: alone and in the corpus.
+    """
+    matched = raw[:, 4:20].reshape(-1, 4, 2, 2).sum((1, 2))
+    whole = (matched == raw[:, 0:2]).all(1) & (raw[:, 20] == 1)
+    counts = raw.copy()
+    counts[whole, 20] = 0
+    return counts
+
+
 def meteor_score(stats: np.ndarray) -> np.ndarray:
-    """METEOR 1.5 for English (...,) of its jar's statistics (..., 23), per image or summed over images.
+    """METEOR 1.5 for English (...,) of statistics (..., 23) from `meteor_counts`, per image or summed over images.
 
     The statistics are caption length, reference length, function words of both, then for each of four matchers
     the matched content words of caption and reference and the matched function words of both, then chunks and
@@ -190,8 +202,6 @@ def meteor_score(stats: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = weighted / (DELTA * (length - function) + (1 - DELTA) * function)
         mean = 1 / ((1 - ALPHA) / share[..., 0] + ALPHA / share[..., 1])
-        chunks, words = stats[..., 20], stats[..., 21:23]
-        whole = (matched.sum((-3, -2)) == length).all(-1) & (chunks == 1)
-        fragments = np.where(whole, 0, chunks / (words.sum(-1) / 2))
+        fragments = stats[..., 20] / (stats[..., 21:23].sum(-1) / 2)
         score = mean * (1 - GAMMA * fragments**FRAG_BETA)
     return np.where(np.isfinite(score), np.maximum(score, 0), 0)

