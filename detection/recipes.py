@@ -116,8 +116,8 @@ SSD_MINI = replace(
     warmup=500,  # I
 )
 SSD_TINY = SSDRecipe(
-    iterations=80,  # M
-    batch=8,  # M
+    iterations=64,  # M
+    batch=6,  # M
     optimizer="adamw",  # M: plain SGD stays near chance in so few steps
     lr=2e-3,  # M
     weight_decay=0.02,  # M
@@ -167,8 +167,8 @@ FRCNN_MINI = replace(
     warmup=500,  # I
 )
 FRCNN_TINY = FasterRCNNRecipe(
-    iterations=80,  # M
-    batch=8,  # M
+    iterations=64,  # M
+    batch=6,  # M
     optimizer="adamw",  # M
     lr=1e-3,  # M
     weight_decay=0.02,  # M

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import make_folder, read_json, write_json
 from common.progress import progress
 
-VERSION = 2  # raise whenever a pixel, a box or a sentence changes
+VERSION = 3  # raise whenever a pixel, a box or a sentence changes
 
 
 @dataclass(frozen=True)

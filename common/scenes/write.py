@@ -24,10 +24,10 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "cub": {"train": 32, "test": 24, "pixels": 80},
     },
     "tiny": {
-        "imagenet": {"train": 6000, "val": 1000, "pixels": 72},
-        "voc": {"2007_trainval": 500, "2007_test": 400, "2012_trainval": 500, "pixels": 320},
-        "captions": {"train": 1200, "val": 300, "pixels": 160},
-        "cub": {"train": 1500, "test": 600, "pixels": 144},
+        "imagenet": {"train": 4000, "val": 600, "pixels": 64},
+        "voc": {"2007_trainval": 300, "2007_test": 250, "2012_trainval": 300, "pixels": 320},
+        "captions": {"train": 1200, "val": 250, "pixels": 160},
+        "cub": {"train": 1000, "test": 400, "pixels": 144},
     },
 }
 # the split's number in the random stream of each image: never renumber
