@@ -12,6 +12,11 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import os
+
+# an LSTM's small kernels on two threads: a waiting thread that spins makes them 20 times slower on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 import time
 from collections import Counter
 from dataclasses import replace
