@@ -51,7 +51,7 @@ def pooled_features(
     return np.load(path, mmap_mode="r")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: the trunk may be trained later
 def _compute(
     backbone: Backbone, paths: Sequence[Path], recipe: CaptionRecipe, device: torch.device, views: int
 ) -> np.ndarray:

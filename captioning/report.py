@@ -30,7 +30,8 @@ def make_report(
     lengths = np.array([len(w) for w in words])
     used = {word for caption in words for word in caption}
     reference_lengths = [len(r.split()) for image in scorer.references for r in image]
-    pick = {"best": order[:SHOWN], "worst": order[::-1][: min(SHOWN, len(order) - min(SHOWN, len(order)))]}
+    count = max(1, min(SHOWN, len(order) // 2))
+    pick = {"best": order[:count], "worst": order[::-1][:count]}
     return {
         "metrics": dict(metrics),
         "chance": dict(chance),

@@ -1,7 +1,14 @@
-"""The captioning room: vocabulary, model, beam search, the scripts end to end."""
+"""The captioning room: vocabulary, model, beam search, cached features, the script end to end."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +19,12 @@ from captioning.vocabulary import (
     PAD,
     START,
     UNK,
+    Vocabulary,
+    build_vocabulary,
+    load_vocabulary,
+    words_of,
 )
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,3 +109,253 @@ def test_beam_search_of_a_model_that_never_ends_gives_the_best_unfinished_captio
     words, scores = beam_search(nic.advance, state, 3, Beam(width=3, longest=5), start=START, end=END)
     assert not (words == END).any()
     assert torch.isfinite(scores).all()
+
+
+def test_greedy_is_beam_search_of_width_one():
+    nic = make_nic(seed=2)
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        state, word, greedy = nic.start(features), torch.full((4,), START), []
+        for _ in range(7):
+            logits, state = nic.advance(word, state)
+            word = logits.argmax(1)
+            greedy.append(word)
+        words, _ = beam_search(
+            nic.advance, nic.start(features), 4, Beam(width=1, longest=7), start=START, end=END
+        )
+    vocabulary = Vocabulary([str(i) for i in range(26)], punctuation=False)
+    assert [vocabulary.decode(w) for w in words.tolist()] == [
+        vocabulary.decode(w) for w in torch.stack(greedy, 1).tolist()
+    ]
+
+
+def test_five_captions_of_an_image_cost_one_encoding_and_the_loss_of_five_items():
+    nic = make_nic(sharp=1.0)
+    features, captions = torch.randn(3, 8), torch.randint(4, 30, (3, 5, 6))
+    captions[:, :, -1] = END
+    captions[0, 1, 3:] = PAD
+    captions[2, 4] = PAD  # an image with four captions
+    encoded = []
+    handle = nic.project.register_forward_hook(lambda *a: encoded.append(len(a[1][0])))
+    together = nic(features, captions)
+    handle.remove()
+    assert encoded == [3]
+    words, total = 0, 0.0
+    for image in range(3):
+        for caption in captions[image]:
+            if (length := int((caption != PAD).sum())) > 0:
+                total += nic(features[image, None], caption[None, None, :length]).item() * length
+                words += length
+    assert together.item() == pytest.approx(total / words, rel=1e-5)
+
+
+def test_the_loss_is_the_decoder_seen_step_by_step():
+    nic = make_nic(sharp=1.0)
+    feature, caption = torch.randn(1, 8), [7, 12, 5, END]
+    state, word, total = nic.start(feature), torch.tensor([START]), 0.0
+    for target in caption:
+        logits, state = nic.advance(word, state)
+        total -= torch.log_softmax(logits[0], 0)[target].item()
+        word = torch.tensor([target])
+    assert nic(feature, torch.tensor([[caption]])).item() == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_vocabulary(tmp_path):
+    captions = ["A dog, a cat.", "the dog isn't here", "a bird"]
+    words = [words_of(c, punctuation=False) for c in captions]
+    assert words[0] == ["a", "dog", "a", "cat"]
+    assert words_of(captions[0], punctuation=True) == ["a", "dog", ",", "a", "cat", "."]
+    assert words_of("isn't it (small)", punctuation=False) == ["is", "n't", "it", "small"]
+    vocabulary = build_vocabulary(words, threshold=2, punctuation=False)
+    assert vocabulary.words == ["<pad>", "<start>", "<end>", "<unk>", "a", "dog"]
+    assert vocabulary.encode(["a", "bird", "dog"], longest=9) == [4, UNK, 5, END]
+    assert vocabulary.encode(["a", "bird", "dog"], longest=2) == [4, UNK]
+    assert vocabulary.decode([START, 5, 4, END, 5]) == "dog a"
+    vocabulary.save(tmp_path / "v.json")
+    assert load_vocabulary(tmp_path / "v.json").words == vocabulary.words
+    with pytest.raises(UserError, match="lower --set threshold"):
+        build_vocabulary(words, threshold=9, punctuation=False)
+    (tmp_path / "w.json").write_text("[]")
+    with pytest.raises(UserError, match="not a vocabulary file"):
+        load_vocabulary(tmp_path / "w.json")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """16 + 8 pictures of one colour, with captions that name it; a small backbone file."""
+    from PIL import Image
+
+    from common.backbone import save_backbone
+    from common.trunk import Classifier, Trunk
+
+    root = tmp_path_factory.mktemp("coco")
+    colours = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 200), "white": (240, 240, 240)}
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 16), ("val", 8)):
+        (root / "images").mkdir(exist_ok=True)
+        images, annotations = [], []
+        for i in range(count):
+            name, colour = list(colours.items())[i % 4]
+            pixels = np.clip(rng.normal(colour, 20, (40 + i, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "images" / f"{part}{i}.png")
+            images.append({"id": 7 * i + 1, "file_name": f"{part}{i}.png"})
+            for k, form in enumerate(("a {} wall", "the wall is {}", "there is a {} wall .")):
+                annotations.append({"id": 10 * i + k, "image_id": 7 * i + 1, "caption": form.format(name)})
+        (root / f"{part}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    torch.manual_seed(0)
+    classifier = Classifier(Trunk("resnet18_half"), 4).train()
+    for _ in range(3):  # batch-norm statistics that are not their initial values
+        classifier(torch.randn(8, 3, 32, 32))
+    facts = {"arch": "resnet18_half", "num_classes": 4, "method": "baseline", "seed": 0, "size": 32}
+    save_backbone(root / "baseline.pt", classifier, **facts)
+    return root
+
+
+def command(coco: Path, out: Path, *more: str, recipe: str = "smoke") -> list[str]:
+    data = f"captions:images={coco / 'images'},train={coco / 'train.json'},val={coco / 'val.json'},name=walls"
+    script = str(ROOT / "captioning" / "finetune.py")
+    fixed = ["--recipe", recipe, "--data", data, "--out", str(out), "--device", "cpu"]
+    return [sys.executable, script, *fixed, *("--set", "resize=32", "--set", "size=32"), *more]
+
+
+def cell_files(out: Path) -> dict[str, bytes]:
+    """What must be the same byte for byte however often a run was killed."""
+    names = ("predictions.json", "vocabulary.json", "images.npz", "log.jsonl")
+    found = {p.name: p.read_bytes() for p in out.rglob("*") if p.name in names}
+    found["log.jsonl"] = b"".join(
+        json.dumps({k: v for k, v in json.loads(line).items() if k != "seconds"}).encode()
+        for line in found["log.jsonl"].splitlines()
+    )
+    cell = json.loads(next(out.rglob("cell.json")).read_text())
+    return found | {"scores": json.dumps([cell["metrics"], cell["chance"], cell["keys"]]).encode()}
+
+
+@pytest.fixture
+def quiet(monkeypatch, tmp_path):
+    monkeypatch.setenv("BACKBENCH_QUIET", "1")
+    monkeypatch.setenv("BACKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BACKBENCH_JAVA", "none")
+
+
+LEARN = ("--set", "iterations=60", "--set", "lr=0.03", "--set", "shortest=0", "--set", "threshold=1")
+
+
+def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet):
+    backbone = ("--backbone", str(coco / "baseline.pt"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run(
+        command(coco, whole, *backbone, *LEARN), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    folder = next(whole.rglob("cell.json")).parent
+    cell = json.loads((folder / "cell.json").read_text())
+    assert cell["metrics"]["CIDEr"] > 2 * cell["chance"]["CIDEr"] > 0
+    assert cell["metrics"]["METEOR"] is None
+    assert any(note.startswith("METEOR n/a") for note in cell["notes"])
+    predictions = json.loads((folder / "predictions.json").read_text())
+    assert [p["image_id"] for p in predictions] == [7 * i + 1 for i in range(8)]
+    assert len({p["caption"] for p in predictions}) >= 3
+    report = (folder / "report.md").read_text()
+    assert "| CIDEr |" in report and "The worst captions" in report
+
+    slow = ("--set", "save_every=0.05")  # seconds between checkpoints
+    process = subprocess.Popen(command(coco, killed, *backbone, *LEARN, *slow), cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(killed.rglob("resume.pt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(killed.rglob("resume.pt"))
+    assert not list(killed.rglob("weights.pt"))
+    subprocess.run(
+        command(coco, killed, *backbone, *LEARN, *slow), check=True, capture_output=True, cwd=tmp_path
+    )
+    assert cell_files(killed) == cell_files(whole)
+    weights = [torch.load(next(out.rglob("weights.pt")))["model"] for out in (whole, killed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    again = subprocess.run(
+        command(coco, whole, *backbone, *LEARN), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "finished already" in again.stdout
+
+
+@pytest.fixture
+def run_here(coco, tmp_path, quiet, capsys):
+    """Run finetune in this process → its cell."""
+    from captioning.finetune import main
+
+    def run(*more: str) -> dict:
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        assert main([*command(coco, out)[2:], *more]) == 0
+        return json.loads(next(out.rglob("cell.json")).read_text())
+
+    return run
+
+
+def test_a_scratch_encoder_is_trained_and_the_cell_says_so(run_here):
+    cell = run_here(
+        "--backbone", "scratch:resnet18_half", "--set", "scratch_resize=36", "--set", "scratch_size=32"
+    )
+    assert any("scratch: the encoder is trained" in note for note in cell["notes"])
+
+
+def test_a_second_phase_trains_the_encoder_too(run_here, coco, tmp_path):
+    from common.backbone import load_backbone
+
+    backbone = str(coco / "baseline.pt")
+    cell = run_here("--backbone", backbone, "--set", "encoder_epochs=1", "--set", "lr=0.01")
+    assert cell["cost"]["iterations"] == 6 + 2
+    state = torch.load(next(tmp_path.rglob("second/weights.pt")))["model"]
+    before = load_backbone(backbone).trunk.state_dict()
+    assert not torch.equal(state["trunk.layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
+    assert torch.equal(state["trunk.layer4.0.bn1.running_mean"], before["layer4.0.bn1.running_mean"])
+
+
+def test_one_caption_an_item_as_the_paper(run_here, coco):
+    cell = run_here("--backbone", str(coco / "baseline.pt"), "--set", "group=false", "--set", "end=legacy")
+    assert cell["metrics"]["BLEU-1"] >= 0
+
+
+def test_cached_features_equal_the_encoder_run_on_the_same_crops(coco, quiet):
+    from captioning.data import BLOCK, pooled_features
+    from captioning.recipes import RECIPES
+    from common.backbone import load_backbone
+    from common.data.decode import Fit, read_rgb
+    from common.recipe import override
+    from common.trunk import normalise
+
+    recipe = override(RECIPES["smoke"], ["resize=40", "size=32", "precision=fp32"])
+    backbone = load_backbone(str(coco / "baseline.pt"))
+    paths = sorted((coco / "images").glob("val*.png"))
+    features = pooled_features(backbone, paths, recipe, torch.device("cpu"), 4)
+    assert features.shape == (8, 4, 256) and len(paths) * 4 <= BLOCK
+    image = Fit(40, 40)(read_rgb(paths[3]))
+    crops = np.stack([image[4:36, 4:36], image[4:36, 4:36][:, ::-1]])
+    backbone.trunk.eval()
+    with torch.inference_mode():
+        direct = backbone.trunk(normalise(torch.from_numpy(crops), backbone.mean, backbone.std)).mean((2, 3))
+    np.testing.assert_allclose(features[3, :2], direct.numpy(), rtol=1e-4, atol=1e-5)
+    assert len(np.unique(features[3], axis=0)) == 4  # four different crops
+    backbone.trunk.forward = None  # the second time nothing is computed
+    again = pooled_features(backbone, paths, recipe, torch.device("cpu"), 4)
+    np.testing.assert_array_equal(again, features)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["size=300"], "nothing could be cropped"),
+        (["beam=0"], "beam=0, it must be at least 1"),
+        (["penalty=max"], "choose one of none, average, wu"),
+        (["dropout=1"], "a share"),
+        (["batch=1"], "feature_bn"),
+        (["encoder_lr=0", "encoder_epochs=1"], "give its rate"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(settings, message):
+    from captioning.recipes import RECIPES
+    from common.recipe import override
+
+    with pytest.raises(UserError, match=message):
+        override(RECIPES["paper"], settings)
