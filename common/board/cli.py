@@ -15,8 +15,6 @@ from common.errors import UserError, run_main
 from common.files import make_folder, write_json, write_text
 from common.trunk import ARCHS
 
-DEMO_NOTE = "a tiny run shows the machinery, not the science: its budget is far too short to rank the methods"
-
 
 def main() -> None:
     """Entry point: `backbench SUBCOMMAND …`."""
@@ -109,9 +107,7 @@ def _demo(args: argparse.Namespace) -> int:
     out = make_folder(args.out).absolute()
     tasks, seeds = expand_tasks(args.tasks), list(range(args.seeds))
     outcomes = run_demo(out, recipe=args.recipe, arch=args.arch, seeds=seeds, tasks=tasks, slots=args.slots)
-    code = _summary(outcomes, out, time.monotonic() - start)
-    print(f"note: {DEMO_NOTE}")
-    return code
+    return _summary(outcomes, out, time.monotonic() - start)
 
 
 def _run(args: argparse.Namespace) -> int:
