@@ -12,10 +12,9 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import os
+import common  # noqa: F401  first, before torch
 
-# an LSTM's small kernels on two threads: a waiting thread that spins makes them 20 times slower on a busy machine
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+# isort: split
 
 import time
 from collections import Counter
@@ -97,19 +96,19 @@ def train_nic(
     any other, its batch norm frozen.
     """
     recipe, began = run.recipe, time.monotonic()
-    common = {"folder": run.folder, "key": run.keys["train"], "seed": args.seed, "device": device}
-    common |= {"workers": args.workers, "desc": f"NIC {backbone.name}"}
+    shared = {"folder": run.folder, "key": run.keys["train"], "seed": args.seed, "device": device}
+    shared |= {"workers": args.workers, "desc": f"NIC {backbone.name}"}
     if backbone.scratch:
         size = recipe.crop(True)[1]
         run.note(f"scratch: the encoder is trained with the captions, on {size} px images, batch norm too")
         model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=True)
         items = CaptionItems(train_set, words, vocabulary, recipe, crop=recipe.crop(True))
-        return model, train(model, step, items, recipe, groups=groups(model, recipe), **common)
+        return model, train(model, step, items, recipe, groups=groups(model, recipe), **shared)
     features = pooled_features(backbone, train_set.paths, recipe, device, recipe.views)
     encoding = time.monotonic() - began
     model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=False)
     items = CaptionItems(train_set, words, vocabulary, recipe, features=features)
-    cost = train(model, step, items, recipe, **common)
+    cost = train(model, step, items, recipe, **shared)
     cost = {**cost, "seconds": round(cost["seconds"] + encoding, 2)}
     if recipe.encoder_epochs <= 0:
         return model, cost
@@ -119,9 +118,9 @@ def train_nic(
     model.trunk.freeze_bn()
     second = replace(recipe, epochs=recipe.encoder_epochs, iterations=0, lr=recipe.lr * recipe.second_lr)
     items = CaptionItems(train_set, words, vocabulary, recipe, crop=recipe.crop(False))
-    common |= {"folder": run.folder / "second", "key": f"{run.keys['train']}-second"}
-    common["folder"].mkdir(exist_ok=True)
-    more = train(model, step, items, second, groups=groups(model, recipe), **common)
+    shared |= {"folder": run.folder / "second", "key": f"{run.keys['train']}-second"}
+    shared["folder"].mkdir(exist_ok=True)
+    more = train(model, step, items, second, groups=groups(model, recipe), **shared)
     for name in ("seconds", "iterations", "images"):
         cost[name] += more[name]
     return model, {**cost, "peak_memory_mb": max(cost["peak_memory_mb"], more["peak_memory_mb"])}

@@ -10,7 +10,7 @@ import torch
 
 from common.backbone import Backbone, load_backbone
 from common.cell import Run, open_run
-from common.engine import pick_device
+from common.engine import is_main, pick_device
 from common.recipe import Recipe, label, parser
 
 
@@ -71,7 +71,7 @@ def open_transfer(
         skip_bad=len(train_set.skipped) + len(test_set.skipped),
     )
     run.note_data(train_set.report, test_set.report)
-    if run.finished:
+    if run.finished and is_main():
         print(f"finished already: {run.folder}")
     return Transfer(run, backbone, train_set, test_set, device)
 
@@ -81,5 +81,6 @@ def data_or_world(args: argparse.Namespace) -> str:
     if args.data:
         return args.data
     spec = "scenes:size=smoke" if args.recipe == "smoke" else "scenes"
-    print(f"no --data: using the embedded world ({spec})")
+    if is_main():
+        print(f"no --data: using the embedded world ({spec})")
     return spec

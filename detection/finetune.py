@@ -12,6 +12,10 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import common  # noqa: F401  first, before torch
+
+# isort: split
+
 from typing import Any
 
 import numpy as np

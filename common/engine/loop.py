@@ -5,6 +5,7 @@ scaling, clipping) and the learning-rate schedulers. Its Runner is not used: its
 iteration-based resume replays the loader, its worker seeding repeats draws, and it cannot read back its own files.
 """
 
+import inspect
 import json
 import os
 import resource
@@ -88,8 +89,12 @@ class _Training:
         self.schedulers = make_schedulers(self.wrapper, recipe, len(data))
         self.wrapped = model
         if world() > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            options: dict[str, Any] = {"device_ids": [device.index] if device.type == "cuda" else None}
+            renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            options["forward_sync_buffers" if renamed else "broadcast_buffers"] = (
+                False  # renamed after torch 2.9
+            )
+            self.wrapped = DistributedDataParallel(model, **options)
         self.iteration, self.seconds, self.log_bytes = 0, 0.0, 0
         self.sums: Tensor | None = None  # of the logged values since the last log line
         self.names: list[str] = []
