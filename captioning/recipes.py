@@ -154,6 +154,7 @@ MINI = replace(
 
 TINY = replace(
     MODERN,
+    save_every=10.0,  # M: a training lasts half a minute
     epochs=5,  # M
     batch=16,  # M: batches of 32 train too few steps
     optimizer="adamw",  # M

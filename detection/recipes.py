@@ -116,6 +116,7 @@ SSD_MINI = replace(
     warmup=500,  # I
 )
 SSD_TINY = SSDRecipe(
+    save_every=10.0,  # M: a training lasts half a minute
     iterations=64,  # M
     batch=6,  # M
     optimizer="adamw",  # M: plain SGD stays near chance in so few steps
@@ -167,6 +168,7 @@ FRCNN_MINI = replace(
     warmup=500,  # I
 )
 FRCNN_TINY = FasterRCNNRecipe(
+    save_every=10.0,  # M: a training lasts half a minute
     iterations=64,  # M
     batch=6,  # M
     optimizer="adamw",  # M

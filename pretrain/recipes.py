@@ -35,6 +35,7 @@ MINI = ClassifyRecipe(  # I: 10 classes at 128 px (Imagenette), meant for minute
 )
 
 TINY = ClassifyRecipe(
+    save_every=10.0,  # M: a training lasts half a minute
     iterations=250,  # M: what two cores allow
     batch=40,  # M
     optimizer="adamw",  # M: plain SGD stays near chance in so few steps
