@@ -61,11 +61,11 @@ def load_backbone(spec: str, *, arch: str | None = None, name: str | None = None
         state, facts = _from_file(Path(spec).expanduser())
     state, notes = _body(state, spec)
     found = _recognise(state, spec)
-    declared = facts.get("arch") or arch
-    if declared and declared != found:
-        raise UserError(
-            f"{spec}: its weights are a {found}, not a {declared}; drop --arch or give the right file"
-        )
+    for declared in (facts.get("arch"), arch):
+        if declared and declared != found:
+            raise UserError(
+                f"{spec}: its weights are a {found}, not a {declared}; drop --arch or give the right file"
+            )
     trunk = Trunk(found)
     _load_strictly(trunk, state, spec)
     label = facts.get("method") or ("torchvision-" + rest if rest else Path(spec).name.split(".")[0])

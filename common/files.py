@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written to a temporary name, synced, renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ from common.errors import UserError
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
     """Call `write(file)` on a temporary sibling of `path`, sync it and rename it to `path`.
 
-    The temporary file is removed when writing fails, so the old `path` survives a full disk.
+    The temporary file is removed when writing fails, so the old `path` survives a full disk, for which UserError is
+    raised whatever the writer made of it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -25,9 +27,23 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            line = (
+                f"{path}: no space left on its disk; free some and run again, what was there before is intact"
+            )
+            raise UserError(line) from None
         raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it hides (torch.save's own hides it), is that of a full disk or quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(path: Path | str, text: str) -> None:

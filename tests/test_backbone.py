@@ -238,6 +238,8 @@ def test_refuses_files_that_are_no_checkpoint(tmp_path, file, capsys):
 def test_contradicting_arch_and_unknown_names(file, tmp_path):
     with pytest.raises(UserError, match="its weights are a resnet18_half, not a resnet50"):
         load_backbone(_declare(file, tmp_path, "resnet50"))
+    with pytest.raises(UserError, match="its weights are a resnet18_half, not a resnet34"):
+        load_backbone(str(file), arch="resnet34")
     with pytest.raises(UserError, match="no architecture 'vgg'"):
         load_backbone("scratch:vgg")
     with pytest.raises(UserError, match="torchvision:resnet999: cannot be had"):

@@ -1,5 +1,6 @@
 """Run folders: staged keys, what is refused, and that a cell is finished only when cell.json is there."""
 
+import errno
 import json
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch
 from common.backbone import load_backbone
 from common.cell import Identity, code_hash, open_run
 from common.errors import UserError
-from common.files import file_digest, write_json, write_npz
+from common.files import file_digest, write_atomic, write_json, write_npz
 from common.recipe import Recipe, knob
 
 
@@ -163,3 +164,19 @@ def test_nan_is_no_json(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_keeps_the_old_file_and_is_one_line(tmp_path):
+    write_json(tmp_path / "x.json", 1)
+
+    def torch_like(file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904  as torch.save does
+
+    with pytest.raises(UserError, match=r"x\.json: no space left"):
+        write_atomic(tmp_path / "x.json", torch_like)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and json.loads(
+        (tmp_path / "x.json").read_text()
+    ) == 1
