@@ -1,6 +1,7 @@
 """The walls: who may import whom, and where the two slow-moving libraries may stand."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,6 @@ def test_slow_libraries_stand_behind_a_fence():
     assert len([p for p in FILES if "pycocoevalcap" in imported(p)]) <= 1
 
 
-def test_no_file_sets_a_path_of_a_machine():
+def test_no_file_holds_a_path_of_one_machine():
     for path in FILES:
-        text = path.read_text(encoding="utf-8")
-        assert "/home/" not in text and "/work/" not in text, path
+        assert not re.search(r"[\"'](/home|/root|/Users|/tmp)/", path.read_text(encoding="utf-8")), path
