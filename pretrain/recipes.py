@@ -2,7 +2,7 @@
 
 `paper`: 300 epochs of ImageNet on 4 GPUs; ResNet-50 top-1 error 23.68 (baseline), 22.58 (Mixup), 22.93 (Cutout),
 21.40 (CutMix, published version; 21.60 in v1), ±.11–.18 over seeds.
-`tiny`: the embedded world on two CPU cores, a minute; top-1 .88 at 300 iterations, CutMix's .74: it is under-trained.
+`tiny`: the embedded world on one CPU core, a minute; top-1 .74, Mixup .61, Cutout .64, CutMix .59 (under-trained).
 """
 
 from dataclasses import replace
