@@ -172,10 +172,12 @@ def read_checkpoint(path: Path) -> Any:
             ) from None
         raise UserError(f"{path}: not a PyTorch checkpoint (a text or other file?)") from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: cannot be read, truncated or damaged ({first[:120]}); fetch or write it again"
-        ) from None
+        with path.open("rb") as file:
+            head = file.read(2)
+        if head and head != b"PK" and head[:1] != b"\x80":  # neither a zip nor a pickle
+            raise UserError(f"{path}: not a PyTorch checkpoint (a text or other file?)") from None
+        first = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: truncated or damaged ({first[:120]}); fetch or write it again") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def override(recipe: R, settings: list[str]) -> R:
-    """Apply `field=value` settings. Raises UserError for an unknown field (naming near ones) or an unreadable value."""
+    """Apply `field=value` settings. Raises UserError for an unknown field (listing all) or an unreadable value."""
     hints = typing.get_type_hints(type(recipe))
     changes: dict[str, Any] = {}
     for setting in settings:

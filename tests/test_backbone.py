@@ -222,9 +222,9 @@ def test_refuses_files_that_are_no_checkpoint(tmp_path, file, capsys):
     cases = {
         "evil.pt": "could run code",
         "evil.pkl": "could run code|not a PyTorch",
-        "text.pt": "not a PyTorch checkpoint|cannot be read",
+        "text.pt": "not a PyTorch checkpoint",
         "cut.pt": "truncated or damaged",
-        "empty.pt": "truncated or damaged|not a PyTorch",
+        "empty.pt": "truncated or damaged",
         "absent.pt": "no such file",
         ".": "is a folder",
     }
