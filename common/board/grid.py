@@ -187,7 +187,8 @@ class Running:
 def start(job: Job, record: Path, stamp: str, threads: int) -> Running:
     """Start `python -m` with the job's command; it dies with this process and writes its folder into `record`."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "BACKBENCH_RECORD": str(record), "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "PYTHONPATH": path, "BACKBENCH_RECORD": str(record)}
+    env |= {"OMP_NUM_THREADS": str(threads), "BACKBENCH_BAR_SECONDS": "1"}
     record.unlink(missing_ok=True)
     log = record.with_suffix(".log")
     with log.open("wb") as out:
