@@ -47,8 +47,9 @@ def arguments() -> argparse.ArgumentParser:
         "--arch", default="resnet18_half", choices=list(ARCHS), help="network (default: resnet18_half)"
     )
     demo.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds a cell (default: 1)")
+    slots = min(4, os.cpu_count() or 1)  # a cell takes about a gigabyte
     demo.add_argument(
-        "--slots", type=int, default=os.cpu_count() or 1, help="cells at a time (default: one a core)"
+        "--slots", type=int, default=slots, help="cells at a time (default: one a core, at most 4)"
     )
     demo.add_argument("--tasks", nargs="+", default=["all"], help=f"all, or some of {', '.join(TASKS)}")
 
