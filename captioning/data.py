@@ -13,12 +13,11 @@ import torch
 from captioning.recipes import CaptionRecipe
 from captioning.vocabulary import PAD, Vocabulary
 from common.backbone import Backbone
-from common.data.cache import cache_folder, files_state, locked
+from common.data.cache import cached_array, files_state
 from common.data.decode import Fit, centre_crop, decode_all, read_rgb
 from common.data.types import CaptionSet
 from common.engine import autocast, resolve_precision, stream
-from common.errors import UserError
-from common.files import digest, write_atomic
+from common.files import digest
 from common.progress import progress
 from common.trunk import normalise
 
@@ -37,18 +36,9 @@ def pooled_features(
     precision = resolve_precision(recipe, device)
     what = [backbone.fingerprint, backbone.arch, backbone.mean, backbone.std, files_state(paths), precision]
     key = digest("features 1", *what, device.type, recipe.resize, recipe.size, views, PIL.__version__)
-    path = cache_folder("features") / f"{key}.npy"
-    with locked(path):
-        if not path.exists():
-            features = _compute(backbone, paths, recipe, device, views)
-            try:
-                write_atomic(path, lambda file: np.save(file, features))
-            except OSError as error:
-                raise UserError(
-                    f"{path.parent}: cannot write the features ({error.strerror}); free some space or set "
-                    "BACKBENCH_CACHE"
-                ) from None
-    return np.load(path, mmap_mode="r")
+    return cached_array(
+        "features", key, lambda file: np.save(file, _compute(backbone, paths, recipe, device, views))
+    )
 
 
 @torch.no_grad()  # not inference mode: the trunk may be trained later

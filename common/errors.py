@@ -1,5 +1,6 @@
 """Mistakes a user can mend: one line that says what, where and what to do; exit code 2."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -18,11 +19,20 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if is_disk_full(error):
             sys.exit(
                 _say(f"no space left writing {error.filename or 'the output'}: free some space, run again")
             )
         raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it hides (torch.save's own hides it), is that of a full disk or quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _say(line: str) -> int:

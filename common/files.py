@@ -1,6 +1,5 @@
 """Files that are either whole or absent: written to a temporary name, synced, renamed."""
 
-import errno
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, is_disk_full
 
 
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
@@ -35,15 +34,6 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
             )
             raise UserError(line) from None
         raise
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it hides (torch.save's own hides it), is that of a full disk or quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def write_text(path: Path | str, text: str) -> None:

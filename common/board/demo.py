@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.board.grid import READERS, TASKS, Job, Outcome, plan_tasks, run_jobs
+from common.board.grid import READERS, TASKS, Job, Outcome, fingerprints, plan_tasks, run_jobs
 from common.mixing import METHODS
 
 
@@ -11,8 +11,8 @@ def run_demo(
 ) -> list[Outcome]:
     """Pretrain four backbones, transfer each and random weights to every task: 4 + 5 × 4 cells a seed."""
     data = "scenes:size=smoke" if recipe == "smoke" else "scenes"
-    for reader in READERS.values():
-        reader(data)
+    for room in READERS:  # draws the world and checks it, before the first cell
+        fingerprints(room, data, 0)
     return run_jobs(plan_demo(out, data, recipe, arch, seeds, tasks), out / "grid", slots)
 
 

@@ -55,12 +55,13 @@ class Job:
         """A digest of everything the job depends on. Raises UserError when its data or backbone is not there."""
         weights = file_digest(self.backbone) if self.backbone else None
         return digest(
-            self.command, code_hash(self.room), _fingerprints(self.room, self.data, self.limit), weights
+            self.command, code_hash(self.room), fingerprints(self.room, self.data, self.limit), weights
         )
 
 
 @functools.cache
-def _fingerprints(room: str, data: str, limit: int) -> list[str]:
+def fingerprints(room: str, data: str, limit: int) -> list[str]:
+    """Of a room's training and test data, read and checked once a process."""
     return [part.fingerprint for part in READERS[room](data, limit or None)]
 
 

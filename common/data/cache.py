@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from common.errors import UserError
-from common.files import digest, read_json, write_json
+from common.files import digest, read_json, write_atomic, write_json
 
 
 def cache_folder(*parts: str) -> Path:
@@ -63,3 +65,23 @@ def locked(path: Path) -> Iterator[None]:
     with path.with_name(path.name + ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def cached_array(kind: str, key: str, write: Callable[[BinaryIO], Any]) -> np.ndarray:
+    """The array that `write(file)` makes in .npy format, kept under `key`: memory-mapped and read-only.
+
+    Of several processes one computes. Raises UserError when it cannot be written.
+    """
+    target = cache_folder(kind) / f"{key}.npy"
+    with locked(target):
+        if not target.exists():
+            for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed run
+                leftover.unlink()
+            try:
+                write_atomic(target, write)
+            except OSError as error:
+                raise UserError(
+                    f"{target.parent}: cannot be written ({error.strerror}); "
+                    "free some space or set BACKBENCH_CACHE"
+                ) from None
+    return np.load(target, mmap_mode="r")

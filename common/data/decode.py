@@ -11,9 +11,9 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from common.data.cache import cache_folder, files_state, locked, remember
+from common.data.cache import cached_array, files_state, remember
 from common.errors import UserError
-from common.files import digest, write_atomic
+from common.files import digest
 from common.progress import progress
 
 # what Pillow raises for files that are no image, cut short, or absurd
@@ -142,19 +142,7 @@ def decode_all(
     if not paths:
         raise UserError("no image to decode")
     key = digest("decoded 1", files_state(paths), transform.name, PIL.__version__)
-    target = cache_folder("decoded") / f"{key}.npy"
-    with locked(target):
-        if not target.exists():
-            for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed run
-                leftover.unlink()
-            try:
-                write_atomic(target, lambda file: _decode_into(file, paths, transform, workers))
-            except OSError as error:
-                raise UserError(
-                    f"{target.parent}: cannot write the decoded images ({error.strerror}); "
-                    "free some space or set BACKBENCH_CACHE"
-                ) from None
-    return np.load(target, mmap_mode="r")
+    return cached_array("decoded", key, lambda file: _decode_into(file, paths, transform, workers))
 
 
 def _decode_into(file: BinaryIO, paths: Sequence[Path], transform: Callable, workers: int | None) -> None:

@@ -1,12 +1,10 @@
 """The embedded data: a small rendered world, drawn once from a seed into a cache folder."""
 
-import fcntl
-import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.data.cache import cache_folder, locked
 from common.errors import UserError
 from common.files import make_folder, read_json, write_json
 from common.progress import progress
@@ -55,7 +53,7 @@ def ensure_world(root: Path | str | None = None, *, size: str = "tiny", seed: in
     folder that cannot be written.
     """
     if root is None:
-        root = os.environ.get("BACKBENCH_CACHE") or Path.home() / ".cache" / "backbench"
+        root = cache_folder()
     # cv2 and the drawing code are needed only when something is drawn
     from common.scenes.write import image_count, write_world
 
@@ -68,7 +66,7 @@ def ensure_world(root: Path | str | None = None, *, size: str = "tiny", seed: in
     if _holds(target, manifest):
         return World(target)
     make_folder(root)
-    with _locked(root / f".{target.name}.lock"):
+    with locked(root / f".{target.name}"):
         if _holds(target, manifest):  # another process drew it while this one waited
             return World(target)
         partial = root / f".{target.name}.partial"
@@ -93,10 +91,3 @@ def _holds(target: Path, manifest: dict) -> bool:
         return read_json(target / "manifest.json") == manifest
     except (UserError, OSError):
         return False
-
-
-@contextmanager
-def _locked(path: Path):
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
