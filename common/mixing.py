@@ -11,21 +11,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.errors import UserError
+from common.recipe import Recipe, knob
+
 METHODS = ("baseline", "mixup", "cutout", "cutmix")
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1, half-open
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """A method and its numbers."""
+@dataclass(frozen=True, kw_only=True)
+class MixingRecipe(Recipe):
+    """How training images and labels are mixed."""
 
-    method: str = "baseline"
-    alpha: float = 1.0  # λ ~ Beta(α, α) [P]
-    probability: float = 1.0  # of mixing a batch: ImageNet and WSOL 1, CIFAR 0.5 [C, A]
-    correct_lam: bool = True  # λ as the exact share of pixels kept, after clipping [P v2, C]
-    cutout_share: float = (
-        0.5  # side of Cutout's square as a share of the image's: 112 of 224, 16 of 32 [P, X]
+    method: str = knob("baseline", "how batches are mixed", "P", choices=METHODS)
+    alpha: float = knob(1.0, "λ ~ Beta(alpha, alpha) of Mixup and CutMix", "P")
+    probability: float = knob(
+        1.0, "share of batches that are mixed: 1 for ImageNet and WSOL, .5 for CIFAR", "C, A"
     )
+    correct_lam: bool = knob(True, "λ set to the exact share of pixels kept, after clipping the box", "P, C")
+    cutout_share: float = knob(0.5, "side of Cutout's square as a share of the image's", "P, X")
+
+    def check(self) -> None:
+        """Refuse what cannot be mixed. Raises UserError naming the field."""
+        super().check()
+        if not self.alpha > 0:
+            raise UserError(f"recipe: alpha={self.alpha}, it must be above 0")
+        if not 0 < self.cutout_share <= 1:
+            raise UserError(
+                f"recipe: cutout_share={self.cutout_share}, it must be in (0, 1]: a mask no larger than the image"
+            )
+        if self.method != "baseline" and (self.micro_batch or self.batch) < 2 and self.method != "cutout":
+            raise UserError(f"recipe: {self.method} mixes pairs, a micro-batch of 1 image has none")
 
 
 def cutmix(images: Tensor, permutation: Tensor, box: Box) -> Tensor:
@@ -74,7 +89,7 @@ def box_share(box: Box, width: int, height: int) -> float:
 
 
 def mix(
-    images: Tensor, labels: Tensor, classes: int, mixing: Mixing, rng: np.random.Generator
+    images: Tensor, labels: Tensor, classes: int, mixing: MixingRecipe, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Sample one λ, box and permutation for the batch and apply `mixing`.
 

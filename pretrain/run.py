@@ -23,7 +23,8 @@ import torch
 
 from common.backbone import IMAGENET_MEAN, IMAGENET_STD, save_backbone
 from common.cell import Identity, Run, open_run
-from common.classify import TrainImages, make_step, predict_logits, test_images
+from common.classify import make_step, predict_logits
+from common.crops import TrainImages, test_images
 from common.data import open_classification
 from common.data.types import ImageSet
 from common.engine import INIT, SPLIT, is_main, pick_device, stream, torch_seed, train

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "common.board.cli", "demo", "--recipe", "smoke", "--out", str(out), *more]
+    return [sys.executable, "-m", "common.cli", "demo", "--recipe", "smoke", "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_rescoring_a_cell_from_its_images_gives_its_metrics(demo):
 
 
 def test_run_dry_and_bad_arguments(tmp_path):
-    base = [sys.executable, "-m", "common.board.cli"]
+    base = [sys.executable, "-m", "common.cli"]
     dry = subprocess.run(
         [*base, "run", "--backbones", "scratch:resnet18_half", "--dry-run", "--seeds", "2"],
         cwd=ROOT,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from common.mixing import Mixing, box_share, cutmix, cutmix_box, cutout, mix, mixup
+from common.mixing import MixingRecipe, box_share, cutmix, cutmix_box, cutout, mix, mixup
 
 
 def boxes(width, height, draws, alpha=1.0, seed=0):
@@ -97,7 +97,7 @@ def test_cutout_equals_a_loop_and_has_the_published_share():
 @pytest.mark.parametrize("method", ["mixup", "cutmix"])
 def test_labels_sum_to_one_and_match_the_pixels(method):
     images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 10, 13).clone()
-    mixed, targets = mix(images, torch.arange(5), 5, Mixing(method), np.random.default_rng(4))
+    mixed, targets = mix(images, torch.arange(5), 5, MixingRecipe(method=method), np.random.default_rng(4))
     assert torch.allclose(targets.sum(1), torch.ones(5))
     assert torch.allclose(mixed.mean((1, 2, 3)), targets @ torch.arange(5.0), atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_labels_sum_to_one_and_match_the_pixels(method):
 def test_uncorrected_lambda_keeps_the_draw():
     images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
     seen = [
-        mix(images, labels, 4, Mixing("cutmix", correct_lam=flag), np.random.default_rng(s))[1]
+        mix(images, labels, 4, MixingRecipe(method="cutmix", correct_lam=flag), np.random.default_rng(s))[1]
         for s in range(20)
         for flag in (True, False)
     ]
@@ -115,11 +115,14 @@ def test_uncorrected_lambda_keeps_the_draw():
 def test_probability_and_seed():
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
     untouched = [
-        mix(images, labels, 4, Mixing("cutmix", probability=0.5), np.random.default_rng(s))[0] is images
+        mix(images, labels, 4, MixingRecipe(method="cutmix", probability=0.5), np.random.default_rng(s))[0]
+        is images
         for s in range(300)
     ]
     assert np.mean(untouched) == pytest.approx(0.5, abs=0.1)
-    one, two = (mix(images, labels, 4, Mixing("mixup"), np.random.default_rng(9)) for _ in range(2))
+    one, two = (
+        mix(images, labels, 4, MixingRecipe(method="mixup"), np.random.default_rng(9)) for _ in range(2)
+    )
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 

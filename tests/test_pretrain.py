@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from common.backbone import load_backbone, load_classifier
-from common.classify import random_resized_crop
+from common.crops import random_resized_crop
 from common.errors import UserError
 from pretrain.run import main
 

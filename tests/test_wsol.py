@@ -403,7 +403,7 @@ def test_method_head_rate_and_stride_reach_the_training(cub, tmp_path, monkeypat
     monkeypatch.setattr(finetune, "train", spy)
     with pytest.raises(UserError, match="enough"):
         finetune.main(arguments(cub, tmp_path, "--method", "cutmix"))
-    assert seen["recipe"].mixing.method == "cutmix" and "method=cutmix" in str(seen["folder"])
+    assert seen["recipe"].method == "cutmix" and "method=cutmix" in str(seen["folder"])
     body, head = seen["groups"]
     assert (body["lr"], head["lr"]) == (1.0, RECIPES["smoke"].head_lr)
     assert {id(p) for p in body["params"]} == {id(p) for p in seen["model"].trunk.parameters()}

@@ -21,7 +21,8 @@ import torch
 
 from common.backbone import Backbone
 from common.cell import Run
-from common.classify import TrainImages, make_step
+from common.classify import make_step
+from common.crops import TrainImages
 from common.data import open_localisation
 from common.data.decode import Fit, centre_crop, decode_all
 from common.data.thumbnails import write_thumbnails

@@ -1,4 +1,4 @@
-"""The three kinds of data set every task works on: plain arrays and paths, no decoded pixels."""
+"""The three kinds of data set every task works on: plain arrays and paths; pixels only where a set comes as arrays."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from typing import Self
 
 import numpy as np
 
+from common.data.decode import read_rgb
 from common.errors import UserError
 from common.files import digest
 
-PER_IMAGE = ("ids", "paths", "labels", "boxes", "sizes", "difficult", "captions")
+PER_IMAGE = ("ids", "paths", "labels", "boxes", "sizes", "difficult", "captions", "pixels")
 
 
 def hash_order(ids: Sequence) -> np.ndarray:
@@ -70,7 +71,8 @@ class ImageSet(_Indexed):
     """Images with one class each and, for localisation, boxes.
 
     `labels`: int64 (n,) indices into `classes`. `boxes`: None, or one float64 (k, 4) array an image with
-    x0, y0, x1, y1 as shares of the width and height of the upright (EXIF-rotated) image.
+    x0, y0, x1, y1 as shares of the width and height of the upright (EXIF-rotated) image. `pixels`: None, or
+    uint8 (n, H, W, 3) of a set that is published as arrays (CIFAR); its `paths` then name the files they stand in.
     """
 
     name: str
@@ -82,6 +84,11 @@ class ImageSet(_Indexed):
     fingerprint: str = ""
     report: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    pixels: np.ndarray | None = None
+
+    def read(self, index: int) -> np.ndarray:
+        """One image, uint8 (H, W, 3) RGB. Raises UserError naming a file that cannot be decoded."""
+        return read_rgb(self.paths[index]) if self.pixels is None else self.pixels[index]
 
 
 @dataclass
