@@ -1,15 +1,52 @@
 """Pretraining recipes. Source tags as in common/recipe.py.
 
 `paper`: 300 epochs of ImageNet on 4 GPUs; ResNet-50 top-1 error 23.68 (baseline), 22.58 (Mixup), 22.93 (Cutout),
-21.40 (CutMix, published version; 21.60 in v1), ±.11–.18 over seeds.
+21.40 (CutMix, published version; 21.60 in v1), ±.11–.18 over seeds. ResNet-101, ResNet-152 and ResNeXt-101 alike.
+`paper_cifar`: 300 epochs of CIFAR-10 or -100 on 2 GPUs; CIFAR-100 top-1 error of PyramidNet-200 16.45 (baseline),
+15.63 (Mixup), 16.53 (Cutout), 14.23 (CutMix; 14.47 in the published version); `paper_cifar_resnet110` is ResNet-110's.
+
+    python pretrain/run.py --recipe paper --method cutmix --data folder:ILSVRC
+    python pretrain/run.py --recipe paper_cifar --arch pyramidnet200 --method cutmix --data cifar100:DIR
+
+`mini`: Imagenette's size, minutes a method on one GPU; not measured.
 `tiny`: the embedded world on one CPU core, a minute; top-1 .74, Mixup .61, Cutout .64, CutMix .59 (under-trained).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from common.backbone import IMAGENET_MEAN, IMAGENET_STD
 from common.classify import ClassifyRecipe
+from common.errors import UserError
+from common.recipe import knob
 
-PAPER = ClassifyRecipe(
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(ClassifyRecipe):
+    """A classifier trained from random weights."""
+
+    mean: tuple[float, ...] = knob(IMAGENET_MEAN, "subtracted from RGB/255", "C")
+    std: tuple[float, ...] = knob(IMAGENET_STD, "RGB/255 less mean is divided by it", "C")
+    val_share: float = knob(
+        0.0, "share of the training images that is not trained on but chooses the best epoch", "I"
+    )
+    eval_every: float = knob(
+        0.0, "epochs between evaluations on that share; 0: once, at the end", "I", stage="train"
+    )
+
+    def check(self) -> None:
+        """Refuse what cannot be trained. Raises UserError naming the field."""
+        super().check()
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError("recipe: mean and std are three numbers each, std above 0, as in std=0.2,0.2,0.2")
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"recipe: val_share={self.val_share}, it is a share, from 0 to below 1")
+        if self.eval_every and not self.val_share:
+            raise UserError(
+                "recipe: eval_every needs images to evaluate on that are not the test's: --set val_share=0.05"
+            )
+
+
+PAPER = PretrainRecipe(
     epochs=300,  # P
     batch=256,  # P
     micro_batch=64,  # C: four GPUs, each with batch-norm and mixing statistics of its own
@@ -21,7 +58,26 @@ PAPER = ClassifyRecipe(
     colour="code",  # C: the code that gave the paper's figures jitters colours, its text does not say so
 )
 
-MINI = ClassifyRecipe(  # I: 10 classes at 128 px (Imagenette), meant for minutes a method on one GPU; not measured
+PAPER_CIFAR = PretrainRecipe(
+    epochs=300,  # P
+    batch=64,  # P
+    micro_batch=32,  # C: two GPUs, each with batch-norm and mixing statistics of its own
+    lr=0.25,  # P
+    schedule="step",  # P
+    milestones=(150, 225),  # P
+    nesterov=True,  # C
+    weight_decay=1e-4,  # C: on all parameters
+    probability=0.5,  # C, A: of mixing a batch; not in the paper
+    size=32,  # P
+    resize=32,  # P
+    crop="pad",  # P: RandomCrop 32 after 4 pixels of padding
+    mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),  # C: CIFAR-10's, for both
+    std=(63.0 / 255, 62.1 / 255, 66.7 / 255),  # C
+)
+
+PAPER_CIFAR_RESNET110 = replace(PAPER_CIFAR, lr=0.1, probability=1.0)  # A
+
+MINI = PretrainRecipe(  # I: 10 classes at 128 px (Imagenette), meant for minutes a method on one GPU; not measured
     epochs=40,  # I
     batch=128,  # I
     optimizer="sgd",  # P
@@ -34,7 +90,7 @@ MINI = ClassifyRecipe(  # I: 10 classes at 128 px (Imagenette), meant for minute
     crop="random_resized",
 )
 
-TINY = ClassifyRecipe(
+TINY = PretrainRecipe(
     save_every=10.0,  # M: a training lasts half a minute
     iterations=250,  # M: what two cores allow
     batch=40,  # M
@@ -49,4 +105,11 @@ TINY = ClassifyRecipe(
 
 SMOKE = replace(TINY, iterations=6, batch=8, size=32, resize=36, log_every=2)
 
-RECIPES = {"smoke": SMOKE, "tiny": TINY, "mini": MINI, "paper": PAPER}
+RECIPES = {
+    "smoke": SMOKE,
+    "tiny": TINY,
+    "mini": MINI,
+    "paper": PAPER,
+    "paper_cifar": PAPER_CIFAR,
+    "paper_cifar_resnet110": PAPER_CIFAR_RESNET110,
+}

@@ -532,6 +532,20 @@ def test_the_papers_values():
     assert not reference("detection", "ssd300", "mAP", "cutmix", **{**where, "data": "bccd"}).comparable
     assert reference("wsol", "cam", "Top-1 Loc", "baseline", **{**where, "data": "imagenet"}).value == 0.463
     assert reference("wsol", "cam", "Top-1 Loc", "baseline", **{**where, "data": "scenes"}).value == 0.4941
+    top1 = ("classification", "any", "top-1")
+    cifar = {"data": "cifar100", "arch": "pyramidnet200", "recipe": "paper_cifar"}
+    assert reference(*top1, "cutmix+shakedrop", **cifar).value == 0.8619
+    assert reference(*top1, "cutmix", **{**cifar, "data": "cifar10"}).value == 0.9712
+    assert reference(*top1, "cutmix", **{**cifar, "arch": "resnet110"}).value == 0.7989
+    for name, same in {
+        "imagenet1k": True,
+        "ILSVRC2012": True,
+        "imagenette128": False,
+        "imagenet": True,
+    }.items():
+        assert reference(*top1, "mixup", **{**where, "data": name}).comparable == same, name
+    assert any("quoted" in note for note in reference(*top1, "dropblock", **where).notes)
+    assert not any("quoted" in note for note in reference(*top1, "mixup", **where).notes)
     assert reference("detection", "ssd300", "mAP", "moco", **where) is None
     assert reference("detection", "ssd300", "mAP_area", "cutmix", **where) is None
 
