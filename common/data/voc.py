@@ -9,8 +9,8 @@ import numpy as np
 
 from common.data.cache import remember
 from common.data.decode import read_headers, threaded
-from common.data.fingerprint import fingerprint
 from common.data.layout import EXTENSIONS, Report, found, need_folder, need_present, read_lines, short_name
+from common.data.objects import Objects, finished_set
 from common.data.spec import DataSpec
 from common.data.types import DetectionSet
 from common.errors import UserError
@@ -203,7 +203,6 @@ def _discover(splits: list[_Raw]) -> list[str]:
 
 
 def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) -> DetectionSet:
-    sizes = _frames(raw)
     index = {label: i for i, label in enumerate(classes)}
     owner, where, corners, labels, difficult = [], [], [], [], []
     for i, record in enumerate(raw.records):
@@ -220,73 +219,36 @@ def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) ->
             corners.append(box)
             labels.append(index[label])
             difficult.append(bool(hard))
-    owner = np.array(owner, np.int64)
-    # an unreadable image has no size yet; the image check names it
-    limits = np.where(sizes > 0, sizes, np.iinfo(np.int64).max)[owner]
-    boxes, keep = _convert(np.array(corners, np.float64).reshape(-1, 4), limits, where, raw.report)
-    counts = np.bincount(owner[keep], minlength=len(raw.ids))
-    if not keep.any():
-        raise UserError(f"{raw.lists[0]}: its images have no usable object")
-    if (counts == 0).any():
-        first = raw.annotations[int(np.argmin(counts))].name
-        raw.report.note("image without objects: kept, all background", first, int((counts == 0).sum()))
-    cuts = np.cumsum(counts)[:-1]
-    return DetectionSet(
-        name,
-        classes,
-        raw.ids,
-        raw.images,
-        sizes,
-        np.split(boxes[keep].astype(np.float32), cuts),
-        np.split(np.array(labels, np.int64)[keep], cuts),
-        np.split(np.array(difficult, bool)[keep], cuts),
-        fingerprint(["voc", classes], raw.ids, raw.images, [*raw.lists, *raw.annotations]),
-        raw.report.lines(),
-    )
-
-
-def _frames(raw: _Raw) -> np.ndarray:
-    """int64 (n, 2): the stored size, or the EXIF-turned one when the XML says that. The header wins."""
-    stored = raw.headers[:, :2]
-    sizes = stored.copy()
-    for i, record in enumerate(raw.records):
-        said, place = record["size"], raw.annotations[i].name
-        if stored[i, 0] == 0 or said == stored[i].tolist():
-            continue
-        if said is None:
-            raw.report.note("XML without <size>: the image's own taken", place)
-        elif raw.headers[i, 2] >= 5 and said == stored[i, ::-1].tolist():
-            sizes[i] = stored[i, ::-1]
-            raw.report.note("boxes drawn on the EXIF-turned image: read turned", place)
-        else:
-            shown = f"{place}, {said[0]:g} × {said[1]:g} for {stored[i, 0]} × {stored[i, 1]}"
-            raw.report.note("wrong size in the XML: the image's own taken", shown)
-    return sizes
-
-
-def _convert(
-    corners: np.ndarray, limits: np.ndarray, where: list[str], report: Report
-) -> tuple[np.ndarray, np.ndarray]:
-    """Inclusive 1-based corners (m, 4) and (width, height) (m, 2) to half-open boxes (m, 4) and keep (m,)."""
-
-    def note(rule: str, fired: np.ndarray) -> None:
-        if fired.any():
-            report.note(rule, where[int(np.argmax(fired))], int(fired.sum()))
-
-    low, high = corners[:, :2], corners[:, 2:]
+    corner = np.array(corners, np.float64).reshape(-1, 4)
+    low, high = corner[:, :2], corner[:, 2:]
     swapped = (low > high).any(1)
-    flat = (low == high).any(1) & ~swapped
-    boxes = np.hstack([low - 1, high])
-    edges = np.hstack([limits, limits])
-    clipped = np.clip(boxes, 0, edges)
-    outside = (clipped[:, :2] >= clipped[:, 2:]).any(1) & ~swapped & ~flat
-    keep = ~(swapped | flat | outside)
-    # pixel 0 does not exist in VOC's counting: files written 0-based are a pixel off, not out of the picture
-    zero = keep & ((low >= 0) & (low < 1)).any(1)
-    beyond = keep & ((low < 0) | (high > limits)).any(1)
-    note("box with xmin > xmax or ymin > ymax: dropped", swapped)
-    note("box with no area (xmin = xmax or ymin = ymax): dropped", flat)
-    note("box wholly outside its image: dropped", outside)
-    note("box with xmin or ymin 0, where VOC counts from 1: clipped", zero)
-    note("box reaches outside its image: clipped", beyond)
-    return clipped, keep
+    bad = {
+        "xmin > xmax or ymin > ymax": swapped,
+        "no area (xmin = xmax or ymin = ymax)": (low == high).any(1) & ~swapped,
+    }
+    objects = Objects(
+        np.array(owner, np.int64),
+        np.array(labels, np.int64),
+        np.hstack([low - 1, high]),
+        np.array(difficult, bool),
+        where,
+        bad,
+    )
+    return finished_set(
+        *(
+            name,
+            classes,
+            raw.ids,
+            raw.images,
+            raw.headers,
+            [record["size"] for record in raw.records],
+            objects,
+        ),
+        places=[path.name for path in raw.annotations],
+        form="XML",
+        listed=raw.lists[0],
+        annotations=[*raw.lists, *raw.annotations],
+        settings=["voc", classes],
+        report=raw.report,
+        slack=1.0,
+    )
