@@ -26,8 +26,8 @@ from common.data.voc import read_voc
 from common.errors import UserError, run_main
 from common.files import write_json
 from common.metrics.average_precision import PRESETS, Boxes
-from detection.predict import image_index, read_results
 from detection.report import IOU, per_class, scores, statistics, table_lines
+from detection.results import image_index, read_results
 
 
 def main(argv: list[str] | None = None) -> int:

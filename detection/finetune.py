@@ -31,10 +31,11 @@ from common.errors import run_main
 from common.recipe import describe, override
 from common.transfer import open_transfer, transfer_parser
 from detection.data import TrainViews
+from detection.detect import predict
 from detection.faster_rcnn import FasterRCNN, no_decay_on_biases
-from detection.predict import predict, write_results
 from detection.recipes import RECIPES, DetectionRecipe, FasterRCNNRecipe, SSDRecipe
 from detection.report import finish, percent
+from detection.results import write_results
 from detection.ssd import SSD300, ssd_loss
 
 TASK = "detection"

@@ -12,7 +12,7 @@ from common.data.types import DetectionSet
 from common.engine import SPLIT, stream
 from common.metrics import rescore
 from common.metrics.average_precision import PRESETS, RIGHT, Boxes, Convention, class_ap, match
-from detection.predict import read_results
+from detection.results import read_results
 
 IOU = 0.5
 

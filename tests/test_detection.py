@@ -25,10 +25,11 @@ from common.recipe import override
 from common.trunk import Classifier, Trunk, normalise
 from detection import augment, evaluate, finetune
 from detection.data import TrainViews
+from detection.detect import predict
 from detection.faster_rcnn import FasterRCNN, no_decay_on_biases
 from detection.matching import corners, decode, encode, hard_negatives, match_priors, ssd300_priors
-from detection.predict import image_index, predict, read_results, write_results
 from detection.recipes import RECIPES
+from detection.results import image_index, read_results, write_results
 from detection.ssd import SSD300, detect, ssd_loss
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
