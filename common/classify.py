@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from common.crops import CropRecipe
 from common.engine import autocast
 from common.engine.loop import Step
-from common.mixing import MixingRecipe, mix
+from common.feature_mixing import StageMixer
+from common.mixing import MIX_LAYERS, STAGES, MixingRecipe, mix, mix_labels, pair_mixer, parse_method
 from common.progress import progress
 from common.recipe import knob
 from common.trunk import normalise
@@ -28,16 +29,26 @@ class ClassifyRecipe(MixingRecipe, CropRecipe):
 def make_step(recipe: ClassifyRecipe, classes: int, mean: Iterable[float], std: Iterable[float]) -> Step:
     """A training step: normalise and mix on the device, cross-entropy with soft labels.
 
-    "accuracy" counts against the mixed label: the target's share of the predicted class.
+    "accuracy" counts against the mixed label: the (unsmoothed) target's share of the predicted class. Nothing here
+    waits for the device. `batch` holds "images", "labels" and, for a scheduled CutMix, "progress" in [0, 1).
     """
     mean, std = tuple(mean), tuple(std)
+    smoothing = recipe.label_smoothing if "label_smoothing" in parse_method(recipe.method) else 0.0
+    layers = recipe.mix_layers or MIX_LAYERS.get(pair_mixer(recipe.method), ())
+    mixer = StageMixer(STAGES[layer] for layer in layers)
 
     def step(model: nn.Module, batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        mixer.attach(model)
         images = normalise(batch["images"], mean, std)
-        images, targets = mix(images, batch["labels"], classes, recipe, rng)
-        logits = model(images).float()
+        images, targets, pairing = mix(images, batch["labels"], classes, recipe, rng, batch.get("progress"))
+        if pairing is None:
+            logits = model(images).float()
+        else:
+            with mixer.at(pairing):
+                logits = model(images).float()
+            targets = mix_labels(targets, pairing.permutation, mixer.kept)
         accuracy = targets.gather(1, logits.detach().argmax(1, keepdim=True)).mean()
-        return {"loss": F.cross_entropy(logits, targets), "accuracy": accuracy}
+        return {"loss": F.cross_entropy(logits, targets, label_smoothing=smoothing), "accuracy": accuracy}
 
     return step
 
