@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from common.data.captions import read_captions
 from common.data.check import check_images
+from common.data.cifar import read_cifar
+from common.data.coco import read_coco
 from common.data.cub import read_cub
 from common.data.folder import read_folder
 from common.data.layout import short_name
@@ -31,7 +33,7 @@ AnySet = TypeVar("AnySet", ImageSet, DetectionSet, CaptionSet)
 def open_classification(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of `scenes`, `folder` or `cub`, as (train, test).
+    """Training and test images of `scenes`, `folder`, `cub`, `cifar10` or `cifar100`, as (train, test).
 
     `limit` keeps that many images of each. Every kept image is checked (present, header, end of file):
     the first bad one raises UserError, or with `skip_bad` all bad ones are left out and counted.
@@ -39,6 +41,8 @@ def open_classification(
     readers = {
         "folder": read_folder,
         "cub": read_cub,
+        "cifar10": read_cifar,
+        "cifar100": read_cifar,
         "scenes": _of_scenes("folder", "imagenet", read_folder),
     }
     return _open("classification", readers, spec, limit, skip_bad)
@@ -62,8 +66,8 @@ def open_localisation(
 def open_detection(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[DetectionSet, DetectionSet]:
-    """Training and test images with boxes of `scenes` or `voc`, as (train, test); checks as above."""
-    readers = {"voc": read_voc, "scenes": _of_scenes("voc", "vocdevkit", read_voc)}
+    """Training and test images with boxes of `scenes`, `voc` or `coco`, as (train, test); checks as above."""
+    readers = {"voc": read_voc, "coco": read_coco, "scenes": _of_scenes("voc", "vocdevkit", read_voc)}
     return _open("detection", readers, spec, limit, skip_bad)
 
 
@@ -103,6 +107,8 @@ def _open(
 
 
 def _checked(part: AnySet, skip_bad: bool) -> AnySet:
+    if getattr(part, "pixels", None) is not None:  # nothing is left to decode
+        return part
     bad = check_images(part.paths, skip_bad)
     if len(bad) == len(part):
         raise UserError(f"{part.paths[0]}: none of the {len(part)} images of {part.name} can be read")

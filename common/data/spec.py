@@ -9,15 +9,21 @@ OPTIONS = {
     "scenes": ("size", "seed", "name"),
     "folder": ("train", "val", "boxes", "boxes_split", "exclude_boxed", "name"),
     "voc": ("year", "train", "test", "classes", "name"),
+    "coco": ("year", "images", "train_images", "val_images", "train", "val", "classes", "name"),
     "captions": ("images", "train_images", "val_images", "test_images", "train", "val", "test", "name"),
     "cub": ("name",),
+    "cifar10": ("name",),
+    "cifar100": ("name",),
 }
 EXAMPLES = {
     "scenes": "scenes:size=smoke",
     "folder": "folder:DIR,boxes=FILE",
     "voc": "voc:VOCDEVKIT,year=2007+2012",
+    "coco": "coco:images=DIR,train=A.json,val=B.json",
     "captions": "captions:images=DIR,train=A.json,val=B.json",
     "cub": "cub:CUB_200_2011",
+    "cifar10": "cifar10:DIR",
+    "cifar100": "cifar100:DIR",
 }
 
 
@@ -60,7 +66,7 @@ def parse_data(text: str) -> DataSpec:
         if key in options:
             raise UserError(f"--data {text}: '{key}' is given twice")
         options[key] = _home(value)
-    if kind in ("folder", "voc", "cub") and path is None:
+    if kind not in ("scenes", "captions") and path is None:
         raise UserError(f"--data {text}: no path; write {EXAMPLES[kind]}")
     if kind == "scenes" and path is not None:
         raise UserError(f"--data {text}: scenes takes no path; write {EXAMPLES[kind]}")
