@@ -1,8 +1,9 @@
 """What readers share: folders that must be there, and the list of rules that fired."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -74,3 +75,28 @@ def short_name(text: str) -> str:
     if not name:
         raise UserError(f"'{text}': no usable name for the data; give one with name=")
     return name
+
+
+def json_lists(content: Any, keys: Sequence[str], file: Path, form: str) -> list[list[Any]]:
+    """The lists `keys` of a JSON object. UserError when one is absent, no list, or empty."""
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            held = (
+                f"keys {', '.join(map(str, content))}"
+                if isinstance(content, dict)
+                else type(content).__name__
+            )
+            raise UserError(f"{file}: has no list '{key}' (found {held}); expected {form}")
+        if not content[key]:
+            raise UserError(f"{file}: the list '{key}' is empty")
+    return [content[key] for key in keys]
+
+
+def json_field(item: Any, key: str, kind: type, where: str) -> Any:
+    """The value `key` of a JSON object, of type `kind` (int or str). UserError when it is absent or of another."""
+    value = item.get(key) if isinstance(item, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        keys = f"keys {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
+        held = f"{value!r}" if value is not None else f"missing, found {keys}"
+        raise UserError(f"{where}: '{key}' is {held}; expected {'an integer' if kind is int else 'text'}")
+    return value

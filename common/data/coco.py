@@ -1,0 +1,245 @@
+"""Detection sets from JSON in COCO's instance format, beside a folder of images."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.decode import read_headers
+from common.data.layout import Report, found, json_field, json_lists, need_folder, need_present, short_name
+from common.data.objects import Objects, finished_set
+from common.data.spec import DataSpec
+from common.data.types import DetectionSet
+from common.errors import UserError
+from common.files import read_json
+
+LAYOUT = (
+    "train2017/, val2017/ (or one images/) and annotations/instances_train2017.json, instances_val2017.json"
+)
+SUFFIXES = ("2017", "2014", "")
+PLAIN_NAMES = ("images", "train", "val", "train2014", "val2014", "train2017", "val2017", "JPEGImages")
+
+
+@dataclass
+class Instances:
+    """One instance file as it is, before any rule, in the order of the file.
+
+    `ids`, `names`, `sizes` (width and height, or None), one an image. `categories`: name by category id, in the
+    order of ids. Flat: `image` (k,) index, `category` (k,) id, `box` float64 (k, 4) x, y, width, height in continuous
+    pixels from 0, `area` float64 (k,) of the object (of the box where the file says none), `crowd` bool (k,),
+    `number` int (k,) place in the file's list.
+    """
+
+    file: Path
+    ids: list[int]
+    names: list[str]
+    sizes: list[list[float] | None]
+    categories: dict[int, str]
+    image: np.ndarray
+    category: np.ndarray
+    box: np.ndarray
+    area: np.ndarray
+    crowd: np.ndarray
+    number: np.ndarray
+
+
+def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
+    """Read `coco:images=DIR,train=A.json,val=B.json` or `coco:DIR[,year=2017]` in COCO's layout as (train, test).
+
+    `images=` is one folder for both, `train_images=` and `val_images=` are one each; below a DIR files are found
+    by COCO's names. Classes: the categories of both files in the order of their ids, whatever gaps these have, or
+    `classes=a+b`. Boxes are taken as they are: x, y, x + width, y + height, continuous, from 0. Crowd regions
+    (iscrowd) are left out of training and difficult in the test set. Segmentations are not read.
+    Raises UserError for everything it cannot read.
+    """
+    root = need_folder(spec.path, LAYOUT) if spec.path else None
+    reports = [Report(), Report()]
+    parts = [
+        read_instances(_annotation_file(spec, root, part), report)
+        for part, report in zip(("train", "val"), reports)
+    ]
+    folders = [_image_folder(spec, root, part, read.file) for part, read in zip(("train", "val"), parts)]
+    classes, given = _classes(spec, parts)
+    default = root.resolve() if root else folders[0].resolve()
+    if not root and default.name in PLAIN_NAMES:
+        default = default.parent
+    name = short_name(spec.options.get("name", default.name))
+    train, test = (
+        _build(name, *part, classes, given, training=k == 0)
+        for k, part in enumerate(zip(parts, folders, reports))
+    )
+    both = set(train.paths) & set(test.paths)
+    if both:
+        line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
+        test = replace(test, report=[*test.report, line])
+    return train, test
+
+
+def _annotation_file(spec: DataSpec, root: Path | None, part: str) -> Path:
+    if part in spec.options:
+        path = Path(spec.options[part])
+        return root / path if root and not path.exists() else path
+    if root is None:
+        raise UserError(f"--data {spec}: no {part}=FILE; write coco:images=DIR,train=A.json,val=B.json")
+    years = [spec.options["year"]] if "year" in spec.options else SUFFIXES
+    for year in years:
+        path = root / "annotations" / f"instances_{part}{year}.json"
+        if path.is_file():
+            return path
+    within = root / "annotations" if (root / "annotations").is_dir() else root
+    wanted = f"instances_{part}{years[0] if 'year' in spec.options else '*'}.json"
+    raise UserError(f"{within}: has no {wanted} ({found(within)}); expected {LAYOUT}")
+
+
+def _image_folder(spec: DataSpec, root: Path | None, part: str, file: Path) -> Path:
+    expected = f"the images of {file}"
+    for key in (f"{part}_images", "images"):
+        if key in spec.options:
+            path = Path(spec.options[key])
+            return need_folder(root / path if root and not path.exists() else path, expected)
+    if root is None:
+        raise UserError(f"--data {spec}: no images=DIR (or {part}_images=DIR); where are {expected}?")
+    suffix = file.stem.removeprefix(f"instances_{part}")
+    for name in (f"{part}{suffix}", *(f"{part}{year}" for year in SUFFIXES), "images"):
+        if (root / name).is_dir():
+            return need_folder(root / name, expected)
+    raise UserError(f"{root}: no folder with {expected} ({found(root)}); expected {LAYOUT}, or give images=")
+
+
+def read_instances(file: Path, report: Report) -> Instances:
+    """Read one instance file; no image is touched.
+
+    An annotation of an unlisted image is dropped and noted. Raises UserError naming the entry for a doubled image id
+    or category, an unlisted category, and a box of other than four finite numbers.
+    """
+    form = "COCO's instance format"
+    images, annotations, listed = json_lists(
+        read_json(file), ("images", "annotations", "categories"), file, form
+    )
+    categories = _categories(listed, file)
+    index: dict[int, int] = {}
+    names, sizes = [], []
+    for number, image in enumerate(images):
+        where = f"{file}: images[{number}]"
+        key = json_field(image, "id", int, where)
+        if key in index:
+            raise UserError(f"{where}: image id {key} is doubled")
+        index[key] = number
+        names.append(json_field(image, "file_name", str, where))
+        size = [image.get("width"), image.get("height")]
+        sizes.append(size if all(isinstance(side, int | float) for side in size) else None)
+    rows = []
+    for number, item in enumerate(annotations):
+        where = f"{file}: annotations[{number}]"
+        owner = json_field(item, "image_id", int, where)
+        category = json_field(item, "category_id", int, where)
+        if category not in categories:
+            known = ", ".join(map(str, list(categories)[:8]))
+            raise UserError(f"{where}: category {category} is not in 'categories' (ids {known} …)")
+        x, y, w, h = _numbers(item.get("bbox"), where)
+        if owner not in index:
+            place = f"{file.name} annotations[{number}], image {owner}"
+            report.note("annotation whose image is not listed: dropped", place)
+            continue
+        area = item.get("area", w * h)
+        crowd = item.get("iscrowd", 0)
+        if crowd not in (0, 1) or not isinstance(area, int | float) or not math.isfinite(area):
+            raise UserError(f"{where}: iscrowd is {crowd!r}, area {area!r}; expected 0 or 1, and a number")
+        rows.append((index[owner], category, x, y, w, h, area, crowd, number))
+    values = np.array(rows, np.float64).reshape(-1, 9)
+    image, category, crowd, number = values[:, [0, 1, 7, 8]].astype(np.int64).T
+    return Instances(
+        *(file, list(index), names, sizes, categories),
+        *(image, category, values[:, 2:6], values[:, 6], crowd.astype(bool), number),
+    )
+
+
+def _categories(listed: list[Any], file: Path) -> dict[int, str]:
+    """Name by id, ordered by id."""
+    names: dict[int, str] = {}
+    for number, item in enumerate(listed):
+        where = f"{file}: categories[{number}]"
+        key, name = json_field(item, "id", int, where), json_field(item, "name", str, where).strip()
+        if key in names or not name or name in names.values():
+            raise UserError(f"{where}: id {key}, name '{name}': an id or a name is doubled or empty")
+        names[key] = name
+    return dict(sorted(names.items()))
+
+
+def _numbers(box: Any, where: str) -> list[float]:
+    fine = isinstance(box, list) and len(box) == 4
+    if not fine or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box
+    ):
+        raise UserError(
+            f"{where}: bbox is {str(box)[:60]}; expected [x, y, width, height], four finite numbers"
+        )
+    return box
+
+
+def _classes(spec: DataSpec, parts: list[Instances]) -> tuple[list[str], bool]:
+    """The names of the classes in their order, and whether they were given."""
+    merged: dict[int, str] = {}
+    for part in parts:
+        for key, name in part.categories.items():
+            if merged.setdefault(key, name) != name:
+                raise UserError(
+                    f"{part.file}: category {key} is '{name}', in {parts[0].file} '{merged[key]}'"
+                )
+    names = [name for _, name in sorted(merged.items())]
+    if len(set(names)) < len(names):
+        raise UserError(f"{parts[1].file}: a category has another id than in {parts[0].file}")
+    if "classes" not in spec.options:
+        return names, False
+    given = spec.options["classes"].split("+")
+    if len(set(given)) < len(given) or "" in given:
+        raise UserError(f"--data {spec}: classes= has an empty or a doubled name")
+    if unknown := [name for name in given if name not in names]:
+        raise UserError(f"--data {spec}: no category '{unknown[0]}'; there are: {', '.join(names)}")
+    return given, True
+
+
+def _build(
+    name: str, read: Instances, folder: Path, report: Report, classes: list[str], given: bool, training: bool
+) -> DetectionSet:
+    def note(rule: str, fired: np.ndarray) -> None:
+        if fired.any():
+            first = f"{read.file.name} annotations[{read.number[int(np.argmax(fired))]}]"
+            report.note(rule, first, int(fired.sum()))
+
+    paths = [folder / each for each in read.names]
+    need_present(read.file, "images", paths)
+    label_of = {key: classes.index(each) for key, each in read.categories.items() if each in classes}
+    known = np.isin(read.category, list(label_of))
+    if given:
+        note("object of a class that classes= leaves out: dropped", ~known)
+    if training:
+        note("crowd region: left out of training", read.crowd & known)
+        known &= ~read.crowd
+    else:
+        note("crowd region: difficult, neither right nor wrong", read.crowd & known)
+    width, height = read.box[known, 2:].T
+    negative = (width < 0) | (height < 0)
+    bad = {
+        "negative width or height": negative,
+        "no area (width or height 0)": ((width == 0) | (height == 0)) & ~negative,
+    }
+    objects = Objects(
+        read.image[known],
+        np.array([label_of[key] for key in read.category[known].tolist()], np.int64),
+        np.hstack([read.box[known, :2], read.box[known, :2] + read.box[known, 2:]]),
+        read.crowd[known],
+        [f"{read.file.name} annotations[{number}]" for number in read.number[known].tolist()],
+        bad,
+    )
+    return finished_set(
+        *(name, classes, read.ids, paths, read_headers(paths), read.sizes, objects),
+        places=read.names,
+        form="JSON",
+        listed=read.file,
+        annotations=[read.file],
+        settings=["coco", classes],
+        report=report,
+    )
