@@ -194,9 +194,24 @@ def parser(description: str, recipes: dict[str, Recipe], default: str) -> argpar
     )
     made.add_argument("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU when there is one)")
     made.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network before training: faster, the same numbers to rounding",
+    )
+    made.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the scalars of log.jsonl for TensorBoard too, to tensorboard/ in the run folder",
+    )
+    made.add_argument(
         "--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell"
     )
     made.add_argument(
         "--restart", action="store_true", help="throw away what the output folder holds of this run"
     )
     return made
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the command line of `parser` goes to `engine.train` as it is."""
+    return {"workers": args.workers, "compile": args.compile, "tensorboard": args.tensorboard}

@@ -12,6 +12,7 @@ from common.engine.device import (
 )
 from common.engine.loader import TrainData
 from common.engine.loop import REQUEUE, peak_memory, train
+from common.engine.state import read_log
 from common.engine.streams import INIT, SPLIT, stream, torch_seed
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "peak_memory",
     "pick_device",
     "rank",
+    "read_log",
     "resolve_precision",
     "stream",
     "to_device",

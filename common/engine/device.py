@@ -1,5 +1,6 @@
 """Where and in which arithmetic a run computes; which process of how many this is."""
 
+import datetime
 import os
 import platform
 from contextlib import AbstractContextManager
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from common.errors import UserError
 from common.recipe import Recipe
@@ -28,7 +30,10 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(hours=2),  # process 0 evaluates while the others wait
+        )
     return device
 
 
@@ -73,6 +78,31 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_device(v, device) for v in value)
     return value
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` of the generators in use: that one asks every backend for its own, 100 times slower."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` through torch.compile, with eager mode's random numbers and its own names of weights.
+
+    A small function is tried first. Raises UserError when there is nothing to compile with.
+    """
+    options = {"fallback_random": True}
+    try:
+        probe = torch.zeros(64, device=device)
+        torch.compile(lambda x: (x + 1).sin(), options=options)(probe)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"--compile: torch cannot compile for {device.type} here ({reason.strip()[:120]}); "
+            "a C++ compiler (and on a GPU triton) is needed; or leave --compile out"
+        ) from None
+    return torch.compile(model, options=options)
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

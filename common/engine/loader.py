@@ -1,23 +1,27 @@
 """Micro-batches by position: iteration and micro-batch number say which images, with which random streams."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.engine.streams import SAMPLE, Order, stream
+from common.engine.streams import Order, Streams
 
 
 class TrainData(Protocol):
-    """What a task trains on. An optional attribute `workers: int` is its default number of loader processes."""
+    """What a task trains on.
+
+    Optional: `workers: int`, its default number of loader processes; `on_device(batch, device) -> batch`, called in
+    the training process when the batch has been moved there.
+    """
 
     def __len__(self) -> int:
         """Number of training items: one epoch."""
         ...
 
-    def batch(self, indices: list[int], rngs: list[np.random.Generator]) -> dict[str, Any]:
+    def batch(self, indices: list[int], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
         """Items as (nested lists of) tensors, and "ids": their names. One stream an item, for all its randomness."""
         ...
 
@@ -50,8 +54,7 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, Any]:
         draws = self.draws(*position)
-        rngs = [stream(SAMPLE, self.seed, epoch, index) for epoch, index in draws]
-        return self.data.batch([index for _, index in draws], rngs)
+        return self.data.batch([index for _, index in draws], Streams(self.seed, draws))
 
 
 def make_loader(batches: MicroBatches, positions: Positions, workers: int, pin: bool) -> DataLoader:

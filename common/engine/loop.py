@@ -1,15 +1,11 @@
-"""The training loop: the only file that imports mmengine.
+"""The training loop. The host waits for the device where it logs, evaluates or saves, and nowhere else."""
 
-From mmengine come the optimiser wrapper (accumulation, gradient synchronisation only where an update follows, loss
-scaling, clipping) and the learning-rate schedulers. Its Runner is not used: its checkpoints hold no random state, its
-iteration-based resume replays the loader, its worker seeding repeats draws, and it cannot read back its own files.
-"""
-
+import functools
 import inspect
-import json
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +13,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, MultiStepLR, OptimWrapper
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.engine.device import autocast, is_main, rank, resolve_precision, to_device, world
+from common.engine.device import (
+    autocast,
+    compiled,
+    is_main,
+    rank,
+    seed_torch,
+    to_device,
+    world,
+)
 from common.engine.loader import MicroBatches, Positions, TrainData, make_loader
-from common.engine.streams import STEP, stream, torch_seed
+from common.engine.optim import make_optimizer, make_schedulers, wrap
+from common.engine.state import Best, Log, read_state, write_state
+from common.engine.streams import STEP, stream_and_seed
 from common.errors import UserError
-from common.files import write_atomic
 from common.progress import progress
 from common.recipe import Recipe
 
 Step = Callable[[nn.Module, dict[str, Any], np.random.Generator], dict[str, Tensor]]
+Evaluate = Callable[[nn.Module], dict[str, float]]
 REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is there, the same command goes on
 
 
@@ -46,27 +51,56 @@ def train(
     groups: list[dict[str, Any]] | None = None,
     workers: int | None = None,
     desc: str = "training",
+    evaluate: Evaluate | None = None,
+    every: int = 0,
+    best: str | None = None,
+    compile: bool = False,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train `model` in place and leave `folder/weights.pt`; go on from `folder/resume.pt` where there is one.
 
     `step(model, batch, rng)` returns a dict of scalar tensors: those named "loss…" are summed and minimised, all are
-    logged. `rng` and torch's global generator are keyed by (seed, iteration, micro-batch). `key` names what is trained:
-    a file with another key is refused. `groups` are parameter groups whose "lr" is a factor on the recipe's.
-    Returns the cost: seconds, iterations, images, peak memory. Raises UserError when the loss is not finite.
+    logged. `rng` and torch's global generator are keyed by (seed, iteration, micro-batch); batch["progress"] is the
+    share of the training that is done. `key` names what is trained: a file with another key is refused. `groups` are
+    parameter groups whose "lr" is a factor on the recipe's.
+
+    `evaluate(model)` measures the model in evaluation mode, on process 0, every `every` iterations (0: never before
+    the end) and at the end: a line with "eval" in the log. The weights with the largest metric `best` are kept in
+    `folder/best.pt` (key, metric, value, iteration, metrics, model); `model` itself ends with the last ones. `compile`
+    and `tensorboard` change no recipe: the same numbers to rounding, the same scalars once more.
+
+    Returns the cost: seconds of training, iterations, images, peak memory, whether compiled, and the numbers of
+    processes it ran on. Raises UserError when the loss is not finite, and what the pieces raise.
     """
     model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
-    done = _read_state(folder / "weights.pt", key, device)
+    done = read_state(folder / "weights.pt", key, device)
     if done is not None:
         model.load_state_dict(done["model"])
         return done["cost"]
     run = _Training(model, step, data, recipe, folder, key, seed, device, groups, workers)
+    run.log = Log(folder, tensorboard)
+    if compile:
+        run.wrapped = compiled(run.wrapped, device)
+        run.compiled = True
+    run.evaluate, run.every = evaluate, every
+    if best is not None and is_main():
+        run.best = Best(folder, key, best)
     run.resume()
-    run.loop(desc)
+    try:
+        run.loop(desc)
+    finally:
+        run.log.close()
     return run.finish()
 
 
 class _Training:
     """One training's state, between its start or resume and its end."""
+
+    log: Log
+    evaluate: Evaluate | None = None
+    every = 0
+    best: Best | None = None
+    compiled = False
 
     def __init__(self, model, step, data, recipe, folder, key, seed, device, groups, workers) -> None:
         self.model, self.step, self.recipe, self.device = model, step, recipe, device
@@ -83,28 +117,19 @@ class _Training:
         self.iterations = recipe.length(len(data))
         self.batches = MicroBatches(data, recipe.batch, micro, seed)
         self.workers = getattr(data, "workers", 0) if workers is None else workers
-        optimizer = make_optimizer(model, recipe, groups)
-        self.wrapper = _wrap(optimizer, recipe, device, share, self.iterations)
-        self.wrapper.initialize_count_status(model, 0, self.iterations * share)
+        self.on_device = getattr(data, "on_device", None)
+        self.wrapper = wrap(make_optimizer(model, recipe, groups), recipe, device, share)
         self.schedulers = make_schedulers(self.wrapper, recipe, len(data))
-        self.wrapped = model
-        if world() > 1:
-            options: dict[str, Any] = {"device_ids": [device.index] if device.type == "cuda" else None}
-            renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-            options["forward_sync_buffers" if renamed else "broadcast_buffers"] = (
-                False  # renamed after torch 2.9
-            )
-            self.wrapped = DistributedDataParallel(model, **options)
-        self.iteration, self.seconds, self.log_bytes = 0, 0.0, 0
-        self.sums: Tensor | None = None  # of the logged values since the last log line
+        self.wrapped = _distributed(model, device)
+        self.iteration, self.seconds, self.processes = 0, 0.0, [world()]
         self.names: list[str] = []
-        self.bad_iteration = torch.full((), -1, device=device)
-        self.bad_values: Tensor | None = None
+        self.rows: np.ndarray | None = None  # logged values (micro-batch, name) since the last log line
+        self.pending: list[list[Tensor]] = []  # the same of the latest micro-batches, still on the device
         self.signalled = False
 
     def resume(self) -> None:
         """Take up the state that an interrupted run left, and cut the log back to it."""
-        state = _read_state(self.folder / "resume.pt", self.key, self.device)
+        state = read_state(self.folder / "resume.pt", self.key, self.device)
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.wrapper.optimizer.load_state_dict(state["optimizer"])
@@ -112,16 +137,25 @@ class _Training:
                 scheduler.load_state_dict(saved)
             if state["scaler"]:
                 self.wrapper.loss_scaler.load_state_dict(state["scaler"])
-            self.iteration, self.seconds, self.log_bytes = (
-                state["iteration"],
-                state["seconds"],
-                state["log_bytes"],
-            )
-            self.names, self.sums = state["names"], state["sums"]
-            self.wrapper._inner_count = self.iteration * len(self.micros)
+            self.iteration, self.seconds, self.names = state["iteration"], state["seconds"], state["names"]
+            if state["rows"] is not None and is_main():
+                self.rows = state["rows"].cpu().numpy()
+            self._count_processes(state["processes"])
+        done, total = self.iteration * len(self.micros), self.iterations * len(self.micros)
+        # given the model, it would warn that accumulation is bad for batch norm: here a micro-batch is the recipe's
+        self.wrapper.initialize_count_status(nn.Identity(), done, total)
         if is_main():
-            with (self.folder / "log.jsonl").open("ab") as log:
-                log.truncate(self.log_bytes)
+            self.log.open(state["log_bytes"] if state else 0, self.iteration)
+
+    def _count_processes(self, before: list[int]) -> None:
+        self.processes = before if before[-1] == world() else [*before, world()]
+        if before[-1] != world() and is_main():
+            print(
+                f"going on with {world()} processes, before it were {before[-1]}: the order of the data, its "
+                "augmentation, λ, boxes and permutations stay exactly those of one undisturbed run, sums of gradients "
+                "agree to rounding, running batch-norm statistics are those of process 0's micro-batches",
+                file=sys.stderr,
+            )
 
     def loop(self, desc: str) -> None:
         """Run the remaining iterations."""
@@ -142,10 +176,17 @@ class _Training:
                 self.seconds, clock = self.seconds + now - clock, now
                 bar.update()
                 last = self.iteration == self.iterations
-                if self.iteration % self.recipe.log_every == 0 or last:
+                logging = last or self.iteration % self.recipe.log_every == 0
+                if logging:
                     self._log(bar)
+                if self.evaluate and (last or (self.every and self.iteration % self.every == 0)):
+                    self._evaluate()
+                    clock = time.monotonic()
+                if not logging and world() > 1:
+                    continue  # several processes stop and save together, where they have just agreed on the loss
                 if self._should_stop():
                     self.save()
+                    _barrier()
                     raise SystemExit(REQUEUE)
                 if now - saved_at > self.recipe.save_every and not last:
                     self.save()
@@ -156,80 +197,122 @@ class _Training:
                 signal.signal(s, handler)
 
     def _micro_step(self, batch: dict[str, Any], micro: int) -> None:
+        rng, torch_seed = stream_and_seed(STEP, self.seed, self.iteration, micro)
+        seed_torch(torch_seed, self.device)
         batch = to_device(batch, self.device)
-        torch.manual_seed(torch_seed(STEP, self.seed, self.iteration, micro))
-        rng = stream(STEP, self.seed, self.iteration, micro)
+        if self.on_device:
+            batch = self.on_device(batch, self.device)
+        batch["progress"] = self.iteration / self.iterations
         with self.wrapper.optim_context(self.wrapped):
             with autocast(self.recipe, self.device):
                 values = self.step(self.wrapped, batch, rng)
-            loss = sum(v.float() for k, v in values.items() if k.startswith("loss"))
-            self._watch(values, loss)
-            self.wrapper.update_params(loss, zero_kwargs={"set_to_none": True})
+            first, *others = (v.float() for k, v in values.items() if k.startswith("loss"))
+            self.names = list(values)
+            self.pending.append([v.detach() for v in values.values()])
+            self.wrapper.update_params(sum(others, first), zero_kwargs={"set_to_none": True})
 
-    def _watch(self, values: dict[str, Tensor], loss: Tensor) -> None:
-        """Sum what is logged and remember the first loss that is not finite, without waiting for the device."""
-        self.names = list(values)
-        row = torch.stack([v.detach().float() for v in values.values()])
-        self.sums = row if self.sums is None else self.sums + row
-        first_bad = ~torch.isfinite(loss.detach()) & (self.bad_iteration < 0)
-        self.bad_values = row if self.bad_values is None else torch.where(first_bad, row, self.bad_values)
-        self.bad_iteration = torch.where(first_bad, self.iteration, self.bad_iteration)
+    def _fetch(self) -> np.ndarray:
+        """The logged values since the last log line, float32 (micro-batch, name): here the host waits for the device.
 
-    def _check_finite(self) -> None:
-        bad = int(self.bad_iteration)
-        if bad < 0:
-            return
-        names = [name for micro in self.micros for name in self.batches[(bad, micro)]["ids"]]
-        losses = ", ".join(f"{k}={v:.4g}" for k, v in zip(self.names, self.bad_values.tolist()))
+        Raises UserError when a loss is not finite.
+        """
+        if self.pending:
+            flat = torch.stack([value.float() for row in self.pending for value in row])
+            new = flat.view(len(self.pending), -1).cpu().numpy()
+            loss = new[:, [name.startswith("loss") for name in self.names]].sum(1)
+            if not np.isfinite(loss).all():
+                self._refuse(new, int(np.argmin(np.isfinite(loss))))
+            self.rows = new if self.rows is None else np.concatenate([self.rows, new])
+            self.pending = []
+        return np.empty((0, len(self.names)), np.float32) if self.rows is None else self.rows
+
+    def _refuse(self, new: np.ndarray, row: int) -> None:
+        bad = self.iteration + (row - len(new)) // len(self.micros)
+        images = [name for micro in self.micros for name in self.batches[(bad, micro)]["ids"]]
+        losses = ", ".join(f"{k}={v:.4g}" for k, v in zip(self.names, new[row].tolist()))
         raise UserError(
             f"the loss is not finite at iteration {bad} ({losses}); images of that batch: "
-            f"{', '.join(map(str, names))}; "
+            f"{', '.join(map(str, images))}; "
             "look at their annotations, or lower the rate (--set lr=…) or --set clip_grad=10"
         )
 
     def _log(self, bar: Any) -> None:
-        self._check_finite()
-        count = ((self.iteration - 1) % self.recipe.log_every + 1) * len(self.micros)
-        means = {k: v / count for k, v in zip(self.names, self.sums.tolist())}
-        self.sums = None
+        total, count = self._total()
+        self.rows = None
         if not is_main():
             return
+        means = {k: v / count for k, v in zip(self.names, total.tolist())}
         loss = sum(v for k, v in means.items() if k.startswith("loss"))
         line = {
-            "iteration": self.iteration,
-            "epoch": round(self.iteration * self.recipe.batch / self.batches.order.images, 4),
+            **self._position(),
             "lr": self.wrapper.optimizer.param_groups[0]["lr"],
             "loss": loss,
             **{k: v for k, v in means.items() if k != "loss"},
             "seconds": round(self.seconds, 2),
         }
         bar.set_postfix_str(f"loss {loss:.3g}")
-        with (self.folder / "log.jsonl").open("ab") as log:
-            log.write(json.dumps(line).encode() + b"\n")
-            self.log_bytes = log.tell()
+        self.log.write(line)
+
+    def _position(self) -> dict[str, Any]:
+        epoch = round(self.iteration * self.recipe.batch / self.batches.order.images, 4)
+        return {"iteration": self.iteration, "epoch": epoch}
+
+    def _total(self) -> tuple[np.ndarray, int]:
+        """Sums of the logged values and the micro-batches they are of, over all processes."""
+        if world() == 1:
+            rows = self._fetch()
+            return functools.reduce(np.add, rows), len(rows)
+        error: UserError | None = None
+        try:
+            rows = self._fetch()
+        except UserError as raised:
+            error, rows = raised, np.full((1, len(self.names)), np.nan, np.float32)
+        shared = torch.tensor([*rows.sum(0), len(rows), error is not None], dtype=torch.float64)
+        shared = shared.to(self.device)
+        distributed.all_reduce(shared)
+        *total, count, failed = shared.tolist()
+        if failed:
+            raise error or UserError("the loss is not finite in another process: see its line")
+        return np.array(total), int(count)
+
+    def _evaluate(self) -> None:
+        """Log what `evaluate` finds, and keep the best weights.
+
+        It cannot change the training: every step seeds its own streams, and the model goes back to training mode.
+        """
+        if is_main():
+            self.model.eval()
+            metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            self.model.train()
+            self.log.write({**self._position(), "eval": metrics})
+            if self.best:
+                self.best.offer(self.model, self.iteration, metrics)
+        _barrier()
 
     def save(self) -> None:
         """Write the resume state; never one that a loss spoiled."""
-        self._check_finite()
+        rows = self._fetch()
         if not is_main():
             return
         scaler = getattr(self.wrapper, "loss_scaler", None)
-        state = {
-            "key": self.key,
-            "model": self.model.state_dict(),
-            "optimizer": self.wrapper.optimizer.state_dict(),
-            "schedulers": [
+        self.log.flush()
+        write_state(
+            self.folder / "resume.pt",
+            self.key,
+            model=self.model.state_dict(),
+            optimizer=self.wrapper.optimizer.state_dict(),
+            schedulers=[
                 {k: s.state_dict()[k] for k in ("last_step", "_global_step", "_last_value")}
                 for s in self.schedulers
             ],
-            "scaler": scaler.state_dict() if scaler else {},
-            "iteration": self.iteration,
-            "seconds": self.seconds,
-            "log_bytes": self.log_bytes,
-            "names": self.names,
-            "sums": self.sums,
-        }
-        write_atomic(self.folder / "resume.pt", lambda file: torch.save(state, file))
+            scaler=scaler.state_dict() if scaler else {},
+            iteration=self.iteration,
+            seconds=self.seconds,
+            log_bytes=self.log.length,
+            names=self.names,
+            rows=torch.from_numpy(rows) if len(rows) else None,
+            processes=self.processes,
+        )
 
     def finish(self) -> dict[str, Any]:
         """Write the final weights and remove the resume state."""
@@ -238,90 +321,43 @@ class _Training:
             "iterations": self.iterations,
             "images": self.iterations * self.recipe.batch,
             "peak_memory_mb": peak_memory(self.device),
+            "compiled": self.compiled,
+            "processes": self.processes,
         }
         if is_main():
-            state = {"key": self.key, "model": self.model.state_dict(), "cost": cost}
-            write_atomic(self.folder / "weights.pt", lambda file: torch.save(state, file))
+            write_state(self.folder / "weights.pt", self.key, model=self.model.state_dict(), cost=cost)
             (self.folder / "resume.pt").unlink(missing_ok=True)
-        if world() > 1:
-            distributed.barrier()
+        _barrier()
         return cost
 
     def _on_signal(self, *_: Any) -> None:
         self.signalled = True
 
     def _should_stop(self) -> bool:
-        """Whether a signal came; several processes agree on it at logging steps."""
+        """Whether a signal came, to any process."""
         if world() == 1:
             return self.signalled
-        if self.iteration % self.recipe.log_every:
-            return False
         flag = torch.tensor(float(self.signalled), device=self.device)
         distributed.all_reduce(flag)
         return bool(flag)
 
 
-def make_optimizer(
-    model: nn.Module, recipe: Recipe, groups: list[dict[str, Any]] | None = None
-) -> torch.optim.Optimizer:
-    """The recipe's optimiser over `groups` (their "lr" a factor on the recipe's) or all trainable parameters."""
-    groups = groups or [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    groups = [
-        {**group, "params": list(group["params"]), "lr": group.get("lr", 1.0) * recipe.lr} for group in groups
-    ]
-    common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov, **common)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, **common)
+def _barrier() -> None:
+    if world() > 1:
+        distributed.barrier()
 
 
-def make_schedulers(optimizer: Any, recipe: Recipe, images: int) -> list:
-    """mmengine schedulers by iteration: `step`, `constant`, or `one_cycle`.
-
-    `one_cycle` rises linearly over `warmup` iterations (0: the first 30 %), then falls to zero as half a cosine.
-    """
-    length, warmup = recipe.length(images), recipe.warmup
-    if recipe.schedule == "one_cycle":
-        warmup = warmup or max(1, int(0.3 * length))
-    made: list = []
-    if warmup:
-        made.append(LinearLR(optimizer, start_factor=0.001, by_epoch=False, begin=0, end=warmup))
-    if recipe.schedule == "one_cycle":
-        made.append(
-            CosineAnnealingLR(optimizer, T_max=length - warmup, by_epoch=False, begin=warmup, end=length)
-        )
-    elif recipe.schedule == "step":
-        milestones = recipe.milestone_iterations(images)
-        made.append(
-            MultiStepLR(optimizer, milestones=milestones, gamma=recipe.gamma, by_epoch=False, end=length + 1)
-        )
-    return made
-
-
-def _wrap(
-    optimizer, recipe: Recipe, device: torch.device, accumulation: int, iterations: int
-) -> OptimWrapper:
-    clip = {"max_norm": recipe.clip_grad} if recipe.clip_grad else None
-    options = {"optimizer": optimizer, "accumulative_counts": accumulation, "clip_grad": clip}
-    if resolve_precision(recipe, device) != "fp16":
-        return OptimWrapper(**options)
-    if device.type != "cuda":
-        raise UserError("recipe: precision=fp16 needs a GPU; use bf16 or fp32 (--set precision=fp32)")
-    return AmpOptimWrapper(**options, dtype="float16")
-
-
-def _read_state(path: Path, key: str, device: torch.device) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path}: damaged ({str(error).splitlines()[0][:100]}); delete it, or use --restart"
-        ) from None
-    if state["key"] != key:
-        raise UserError(f"{path}: belongs to another run; choose another output folder, or use --restart")
-    return state
+def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    if world() == 1:
+        return model
+    renamed = (
+        "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    )  # after torch 2.9
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,22 +1,109 @@
 """Random streams: every draw has a key, so that order, workers, processes and interruptions change nothing.
 
 mmengine's and albumentations' own seeding repeats draws across epochs and workers (half of all augmentations were
-duplicates): here one stream a sample from SeedSequence([use, seed, epoch, index]), about 30 µs each.
+duplicates): here one stream a sample from SeedSequence([use, seed, epoch, index]).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.random import PCG64, Generator, SeedSequence
+from numpy.random.bit_generator import ISeedSequence
 
 ORDER, SAMPLE, STEP, INIT, SPLIT = range(5)  # what a stream is for: part of its key
 
 
-def stream(use: int, *key: int) -> np.random.Generator:
+def stream(use: int, *key: int) -> Generator:
     """An independent generator for a use and a key of non-negative integers."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((use, *key))))
+    return Generator(PCG64(SeedSequence((use, *key))))
 
 
 def torch_seed(use: int, *key: int) -> int:
     """A seed for torch's global generator, from the same kind of key."""
-    return int(np.random.SeedSequence((use, *key)).generate_state(1, np.uint64)[0] >> 1)
+    return _torch_seed(SeedSequence((use, *key)))
+
+
+def stream_and_seed(use: int, *key: int) -> tuple[Generator, int]:
+    """`stream` and `torch_seed` of one key, at the price of one."""
+    sequence = SeedSequence((use, *key))
+    return Generator(PCG64(sequence)), _torch_seed(sequence)
+
+
+def _torch_seed(sequence: SeedSequence) -> int:
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+class Streams(Sequence):
+    """`stream(SAMPLE, seed, epoch, index)` for each (epoch, index) of `draws`, made when asked for.
+
+    Many keys are hashed in one go: of 256, a stream costs a quarter of one made alone.
+    """
+
+    def __init__(self, seed: int, draws: Sequence[tuple[int, int]]) -> None:
+        self.seed, self.draws = seed, draws
+        self._few = len(draws) < 32  # to hash them together would cost more
+        self._words: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if self._few:
+            return stream(SAMPLE, self.seed, *self.draws[at])
+        if self._words is None:
+            epochs, indices = np.array(self.draws, np.uint32).T
+            self._words = seed_words([SAMPLE, *_split(self.seed), epochs, indices], len(self))
+        return Generator(PCG64(_Hashed(self._words[at])))
+
+
+def _split(value: int) -> list[int]:
+    """The 32-bit words of an integer, lowest first, as SeedSequence takes it."""
+    return [value] if value < 2**32 else [value & 0xFFFFFFFF, *_split(value >> 32)]
+
+
+class _Hashed(ISeedSequence):
+    """A seed sequence whose state is computed already."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype=np.uint32) -> np.ndarray:
+        return self.words
+
+
+def seed_words(entropy: list[int | np.ndarray], count: int) -> np.ndarray:
+    """`SeedSequence(key).generate_state(4, uint64)` of `count` keys at once: (count, 4).
+
+    `entropy` is the key's 32-bit words, each one number for all keys or an array (count,). The algorithm is M. E.
+    O'Neill's seed_seq_fe128 as numpy fixes it.
+    """
+    constant, multiplier = 0x43B0D7E5, 0x931E8875
+
+    def hashed(value: np.ndarray) -> np.ndarray:
+        nonlocal constant
+        value = value ^ np.uint32(constant)
+        constant = constant * multiplier & 0xFFFFFFFF
+        value = value * np.uint32(constant)
+        return value ^ (value >> np.uint32(16))
+
+    def mixed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        value = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
+        return value ^ (value >> np.uint32(16))
+
+    words = [np.broadcast_to(np.asarray(word, np.uint32), (count,)) for word in entropy]
+    words += [np.zeros(count, np.uint32)] * (4 - len(words))
+    pool = [hashed(word) for word in words[:4]]
+    for source in range(4):
+        for target in range(4):
+            if source != target:
+                pool[target] = mixed(pool[target], hashed(pool[source]))
+    for word in words[4:]:
+        pool = [mixed(value, hashed(word)) for value in pool]
+    constant, multiplier = 0x8B51F9DD, 0x58F38DED
+    state = np.stack([hashed(pool[i % 4]) for i in range(8)], axis=1).astype(np.uint64)
+    return state[:, 0::2] | state[:, 1::2] << np.uint64(32)
 
 
 class Order:
@@ -27,11 +114,13 @@ class Order:
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def at(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(epoch, index) of the `count` draws from position `start` on; a batch may straddle two epochs."""
-        return [self._one(position) for position in range(start, start + count)]
-
-    def _one(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.images)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, stream(ORDER, self.seed, epoch).permutation(self.images)
-        return epoch, int(self._permutation[offset])
+        """(epoch, index) of the `count` draws from position `start` on; a batch may straddle epochs."""
+        draws: list[tuple[int, int]] = []
+        while len(draws) < count:
+            epoch, offset = divmod(start + len(draws), self.images)
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = stream(ORDER, self.seed, epoch).permutation(self.images)
+            indices = self._permutation[offset : offset + count - len(draws)].tolist()
+            draws += [(epoch, index) for index in indices]
+        return draws
