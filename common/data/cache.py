@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -65,6 +66,16 @@ def locked(path: Path) -> Iterator[None]:
     with path.with_name(path.name + ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Raises UserError when the disk of `folder` has not `size` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{folder}: {size / 1e9:.1f} GB of decoded images do not fit there ({free / 1e9:.1f} GB are free); "
+            "free some space or set BACKBENCH_CACHE"
+        )
 
 
 def cached_array(kind: str, key: str, write: Callable[[BinaryIO], Any]) -> np.ndarray:
