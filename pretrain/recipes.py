@@ -15,13 +15,13 @@
 from dataclasses import dataclass, replace
 
 from common.backbone import IMAGENET_MEAN, IMAGENET_STD
-from common.classify import ClassifyRecipe
 from common.errors import UserError
 from common.recipe import knob
+from pretrain.regularizers import RegularizedRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainRecipe(ClassifyRecipe):
+class PretrainRecipe(RegularizedRecipe):
     """A classifier trained from random weights."""
 
     mean: tuple[float, ...] = knob(IMAGENET_MEAN, "subtracted from RGB/255", "C")

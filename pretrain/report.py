@@ -1,12 +1,12 @@
 """A classifier's evaluation: scores, what chance gives, classes, confusions, calibration; the report and the cell."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from common.cell import Run
-from common.data.types import ImageSet
 from common.engine import SPLIT, stream
 from common.metrics import rescore
 from common.metrics.classification import true_rank
@@ -14,37 +14,36 @@ from common.metrics.classification import true_rank
 SHOWN = 50  # classes, and 10 confusions, that the Markdown report lists
 
 
-def evaluate(logits: np.ndarray, images: ImageSet) -> dict[str, Any]:
-    """All numbers of a classifier's logits (n, C) on labelled images.
+def evaluate(
+    logits: np.ndarray, labels: np.ndarray, ids: Sequence[str], classes: Sequence[str]
+) -> dict[str, Any]:
+    """All numbers of a classifier's logits (n, C) on images with labels (n,), indices into the C `classes`.
 
     "images": the per-image statistics; "metrics" and "chance" (the same predictions, shuffled over the images):
     fractions; "by class": top-1 of each class that has images; "confusions": (true, predicted, images), most frequent
     first; "calibration error": mean |confidence − accuracy| over 15 bins of equal width, weighted by their images
     (Guo et al., 2017).
     """
-    rank = true_rank(logits, images.labels)
-    shared = {"ids": np.array(images.ids), "num_classes": np.array(logits.shape[1])}
+    rank = true_rank(logits, labels)
+    shared = {"ids": np.array(ids), "num_classes": np.array(logits.shape[1])}
     statistics = {**shared, "rank": rank.astype(np.int16)}
     shuffled = stream(SPLIT, 0).permutation(len(logits))
-    chance = {**shared, "rank": true_rank(logits[shuffled], images.labels)}
+    chance = {**shared, "rank": true_rank(logits[shuffled], labels)}
     predicted = logits.argmax(1)
-    wrong = predicted != images.labels
-    pairs, counts = np.unique(
-        np.stack([images.labels[wrong], predicted[wrong]], 1), axis=0, return_counts=True
-    )
+    wrong = predicted != labels
+    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]], 1), axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:10]
-    names = images.classes
     return {
         "images": statistics,
         "metrics": {k: float(v[0]) for k, v in rescore("classification", statistics).items()},
         "chance": {k: float(v[0]) for k, v in rescore("classification", chance).items()},
         "by class": {
-            name: float((rank[images.labels == i] == 0).mean())
-            for i, name in enumerate(names)
-            if (images.labels == i).any()
+            name: float((rank[labels == i] == 0).mean())
+            for i, name in enumerate(classes)
+            if (labels == i).any()
         },
-        "confusions": [(names[a], names[b], int(n)) for (a, b), n in zip(pairs[order], counts[order])],
-        "calibration error": calibration_error(logits, images.labels),
+        "confusions": [(classes[a], classes[b], int(n)) for (a, b), n in zip(pairs[order], counts[order])],
+        "calibration error": calibration_error(logits, labels),
     }
 
 

@@ -1,6 +1,8 @@
-"""Pretrain a classifier with baseline, Mixup, Cutout or CutMix and write its backbone file.
+"""Pretrain a classifier by any method of the CutMix paper and write its backbone file.
 
     python pretrain/run.py --method cutmix --data folder:DIR --out runs/cutmix     writes runs/cutmix/cutmix.pt
+    python pretrain/run.py --method cutout+mixup --arch pyramidnet200 --recipe paper_cifar --data cifar100:DIR
+    torchrun --nproc-per-node 4 pretrain/run.py --recipe paper --method cutmix --data folder:ILSVRC
 
 Without --data it trains on the embedded world. The same command goes on where an interrupted one stopped.
 """
@@ -15,37 +17,44 @@ import common  # noqa: F401  first, before torch
 
 # isort: split
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from common.backbone import IMAGENET_MEAN, IMAGENET_STD, save_backbone
+from common.backbone import save_backbone
 from common.cell import Identity, Run, open_run
 from common.classify import make_step, predict_logits
 from common.crops import TrainImages, test_images
 from common.data import open_classification
-from common.data.types import ImageSet
-from common.engine import INIT, SPLIT, is_main, pick_device, stream, torch_seed, train
-from common.errors import run_main
+from common.data.types import ImageSet, hash_order
+from common.engine import INIT, is_main, pick_device, torch_seed, train
+from common.engine.state import read_state
+from common.errors import UserError, run_main
 from common.files import write_npz
-from common.metrics import rescore
 from common.metrics.classification import true_rank
-from common.mixing import METHODS
+from common.mixing import ALL_METHODS
 from common.recipe import label, override, parser, to_json
 from common.transfer import data_or_world
-from common.trunk import ARCHS, Classifier, Trunk
-from pretrain.recipes import RECIPES
+from pretrain.networks import ALL_ARCHS, build
+from pretrain.recipes import RECIPES, PretrainRecipe
+from pretrain.regularizers import fold, install
+from pretrain.report import evaluate, finish
 
 
 def main(argv: list[str] | None = None) -> int:
     """Arguments → recipe → data, model → training → predictions → backbone file and cell."""
     args = arguments().parse_args(argv)
     recipe = override(replace(RECIPES[args.recipe], method=args.method), args.set)
-    arch = args.arch or ("resnet18_half" if args.recipe in ("smoke", "tiny") else "resnet50")
+    arch = args.arch or default_arch(args.recipe)
     device = pick_device(args.device)
     train_set, test_set = open_classification(data_or_world(args), args.limit or None, args.skip_bad)
+    kept, held_out = hold_out(train_set, recipe.val_share)
     name = label(args.recipe, args.set, recipe)
     identity = Identity(
         *(train_set.name, "classification", arch, name, recipe.method, args.seed),
@@ -73,11 +82,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     run.note_data(train_set.report, test_set.report)
     torch.manual_seed(torch_seed(INIT, args.seed))
-    model = Classifier(Trunk(arch), len(train_set.classes))
+    model = build(arch, len(train_set.classes))
+    hooks = install(model, recipe)
     cost = train(
         model,
-        make_step(recipe, len(train_set.classes), IMAGENET_MEAN, IMAGENET_STD),
-        TrainImages(train_set, recipe),
+        hooks.wrap(make_step(recipe, len(train_set.classes), recipe.mean, recipe.std)),
+        TrainImages(kept, recipe),
         recipe,
         folder=run.folder,
         key=run.keys["train"],
@@ -85,10 +95,14 @@ def main(argv: list[str] | None = None) -> int:
         device=device,
         workers=args.workers,
         desc=f"pretraining {recipe.method}",
+        compile=args.compile,
+        tensorboard=args.tensorboard,
+        **evaluation(held_out, recipe, device, len(kept)),
     )
+    hooks.remove()
     if is_main():
-        _predict(run, model, test_set, device)
-        _score(run, model, train_set, test_set, device, cost, file)
+        fold(model, recipe)
+        Ending(run, model, train_set, test_set, device, cost).write(file)
     return 0
 
 
@@ -96,15 +110,22 @@ def arguments():
     """The command line of this script."""
     made = parser(__doc__, RECIPES, default="tiny")
     made.add_argument(
-        "--method", default="baseline", choices=METHODS, help="how batches are mixed (default: baseline)"
+        "--method",
+        default="baseline",
+        help=f"one of {', '.join(ALL_METHODS)}, or a sum such as cutout+mixup (default: baseline)",
     )
     made.add_argument(
-        "--arch", choices=list(ARCHS), help="network (default: resnet50; resnet18_half for tiny and smoke)"
+        "--arch",
+        choices=ALL_ARCHS,
+        metavar="NETWORK",
+        help=f"{', '.join(ALL_ARCHS)} (default: the recipe's: resnet18_half for tiny and smoke, pyramidnet200 and "
+        "resnet110 for CIFAR, else resnet50)",
     )
     made.add_argument(
         "--data",
         metavar="KIND:PATH",
-        help="folder:DIR with train/CLASS/… and val/CLASS/…, cub:DIR, or scenes (default: scenes, the embedded world)",
+        help="folder:DIR with train/CLASS/… and val/CLASS/…, cifar10:DIR, cifar100:DIR, cub:DIR, or scenes, the "
+        "embedded world (default)",
     )
     made.add_argument(
         "--out", type=Path, help="run folder; the backbone file is OUT/METHOD.pt (default: runs/METHOD)"
@@ -112,88 +133,127 @@ def arguments():
     return made
 
 
-def _predict(run: Run, model: Classifier, test_set: ImageSet, device: torch.device) -> None:
-    if run.done("predict"):
-        return
-    with run.stage("predict", files=["predictions.npz"]):
-        logits = predict_logits(
-            model, test_images(test_set, run.recipe), run.recipe, device, IMAGENET_MEAN, IMAGENET_STD
-        )
-        write_npz(run.folder / "predictions.npz", ids=np.array(test_set.ids), logits=logits)
+def default_arch(recipe: str) -> str:
+    """The network that a named recipe was made for."""
+    known = {"smoke": "resnet18_half", "tiny": "resnet18_half", "paper_cifar": "pyramidnet200"}
+    return {**known, "paper_cifar_resnet110": "resnet110"}.get(recipe, "resnet50")
 
 
-def _score(run: Run, model, train_set: ImageSet, test_set: ImageSet, device, cost, file: Path) -> None:
-    with np.load(run.folder / "predictions.npz") as predictions:
-        logits = predictions["logits"]
-    rank = true_rank(logits, test_set.labels)
-    images = {
-        "ids": np.array(test_set.ids),
-        "rank": rank.astype(np.int16),
-        "num_classes": np.array(logits.shape[1]),
-    }
-    metrics = {k: float(v[0]) for k, v in rescore("classification", images).items()}
-    shuffled = stream(SPLIT, 0).permutation(len(logits))
-    chance_images = {**images, "rank": true_rank(logits[shuffled], test_set.labels)}
-    chance = {k: float(v[0]) for k, v in rescore("classification", chance_images).items()}
-    with run.stage("score", files=[file.name]):
+def hold_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
+    """Split `share` of the training images off, by hash of their ids: (trained on, held out)."""
+    count = round(share * len(images))
+    if not share:
+        return images, None
+    if not 0 < count < len(images):
+        raise UserError(f"recipe: val_share={share} of {len(images)} images leaves none on one side")
+    order = hash_order(images.ids)
+    return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
+
+
+def evaluation(
+    held_out: ImageSet | None, recipe: PretrainRecipe, device: torch.device, images: int
+) -> dict[str, Any]:
+    """The arguments with which `train` keeps the best weights by top-1 of the held-out images."""
+    if held_out is None:
+        return {}
+
+    def top1(model: nn.Module) -> dict[str, float]:
+        logits = predict_logits(model, test_images(held_out, recipe), recipe, device, recipe.mean, recipe.std)
+        return {"top-1": float((true_rank(logits, held_out.labels) == 0).mean())}
+
+    every = max(1, round(recipe.eval_every * images / recipe.batch)) if recipe.eval_every else 0
+    return {"evaluate": top1, "every": every, "best": "top-1"}
+
+
+class Ending:
+    """What follows a training: predictions, backbone files, report, cell."""
+
+    def __init__(self, run: Run, model: nn.Module, train_set, test_set, device, cost) -> None:
+        self.run, self.model, self.train_set, self.test_set = run, model, train_set, test_set
+        self.device, self.cost, self.recipe = device, cost, run.recipe
+
+    def write(self, file: Path) -> None:
+        """Predict with the last weights (and the best, if kept), write backbone files, report and cell."""
+        best = self.run.folder / "best.pt" if self.recipe.val_share else None
+        if not self.run.done("predict"):
+            files = ["predictions.npz"] + (["predictions_best.npz"] if best else [])
+            with self.run.stage("predict", files=files):
+                self._predict("predictions.npz")
+                if best:
+                    with self._holding(self._best(best)["model"]):
+                        self._predict("predictions_best.npz")
+        found = self._evaluate("predictions.npz")
+        lines = [
+            f"Recipe {self.run.identity.recipe}; {self.cost['iterations']} iterations, "
+            f"{self.cost['seconds']:.0f} s of training. The scores are of the last iteration."
+        ]
+        names = [file.name]
+        with self.run.stage("score", files=names):
+            self._save(file, found["metrics"], self.cost["images"] / len(self.train_set))
+            if best:
+                names.append(f"{file.stem}_best.pt")
+                lines.append(self._save_best(best, file.with_name(names[-1])))
+        finish(self.run, found, self.device, self.cost, lines)
+        top1, chance = 100 * found["metrics"]["top-1"], 100 * found["chance"]["top-1"]
+        print(f"top-1 {top1:.1f} % (chance {chance:.1f}) → {file}")
+
+    def _predict(self, name: str) -> None:
+        images, recipe = test_images(self.test_set, self.recipe), self.recipe
+        logits = predict_logits(self.model, images, recipe, self.device, recipe.mean, recipe.std)
+        write_npz(self.run.folder / name, ids=np.array(self.test_set.ids), logits=logits)
+
+    def _evaluate(self, name: str) -> dict[str, Any]:
+        with np.load(self.run.folder / name) as predictions:
+            logits = predictions["logits"]
+        images = self.test_set
+        return evaluate(logits, images.labels, images.ids, images.classes)
+
+    def _save(self, file: Path, metrics: dict[str, float], epoch: float) -> None:
+        identity, recipe = self.run.identity, self.recipe
         save_backbone(
             file,
-            model,
-            arch=run.identity.arch,
-            num_classes=len(test_set.classes),
-            classes=list(test_set.classes),
-            method=run.recipe.method,
-            recipe=to_json(run.recipe),
-            recipe_label=run.identity.recipe,
-            seed=run.identity.seed,
-            data=train_set.name,
-            data_fingerprint=train_set.fingerprint,
-            run_id=run.keys["train"],
-            epoch=round(cost["images"] / len(train_set), 4),
+            self.model,
+            arch=identity.arch,
+            num_classes=len(self.test_set.classes),
+            classes=list(self.test_set.classes),
+            method=recipe.method,
+            recipe=to_json(recipe),
+            recipe_label=identity.recipe,
+            seed=identity.seed,
+            data=self.train_set.name,
+            data_fingerprint=self.train_set.fingerprint,
+            run_id=self.run.keys["train"],
+            epoch=round(epoch, 4),
             metrics=metrics,
-            mean=list(IMAGENET_MEAN),
-            std=list(IMAGENET_STD),
-            size=run.recipe.size,
+            mean=list(recipe.mean),
+            std=list(recipe.std),
+            size=recipe.size,
         )
-    per_class = {
-        c: float((rank[test_set.labels == i] == 0).mean())
-        for i, c in enumerate(test_set.classes)
-        if (test_set.labels == i).any()
-    }
-    run.finish(
-        metrics=metrics,
-        chance=chance,
-        primary="top-1",
-        images=images,
-        report={"metrics": metrics, "chance": chance, "top-1 by class": per_class},
-        report_md=_report(run, metrics, chance, per_class, cost),
-        device=device,
-        cost=cost,
-    )
-    print(f"top-1 {100 * metrics['top-1']:.1f} % (chance {100 * chance['top-1']:.1f}) → {file}")
 
+    def _save_best(self, best: Path, file: Path) -> str:
+        """The best weights' backbone file; returns the report's line about them."""
+        state = self._best(best)
+        metrics = self._evaluate("predictions_best.npz")["metrics"]
+        epoch = state["iteration"] * self.recipe.batch / len(self.train_set)
+        with self._holding(state["model"]):
+            self._save(file, metrics, epoch)
+        return (
+            f"Best of the evaluated iterations by {100 * self.recipe.val_share:g} % of the training images: "
+            f"{state['iteration']} (there top-1 {100 * state['value']:.2f}; here {100 * metrics['top-1']:.2f}), "
+            f"kept as {file.name}, never ranked."
+        )
 
-def _report(run: Run, metrics, chance, per_class, cost) -> str:
-    lines = [
-        f"# Pretraining {run.identity.method}: {run.identity.arch} on {run.identity.data}, seed {run.identity.seed}",
-        "",
-        "| metric | score | chance |",
-        "|---|---|---|",
-        *(f"| {name} | {100 * value:.2f} | {100 * chance[name]:.2f} |" for name, value in metrics.items()),
-        "",
-        f"Recipe {run.identity.recipe}; {cost['iterations']} iterations, {cost['seconds']:.0f} s of training. "
-        "Chance: the same predictions, shuffled over the images.",
-        "",
-        "| class | top-1 |",
-        "|---|---|",
-        *(
-            f"| {name} | {100 * value:.1f} |"
-            for name, value in sorted(per_class.items(), key=lambda item: item[1])[:50]
-        ),
-        "",
-        *(f"- {line}" for line in run.notes),
-    ]
-    return "\n".join(lines)
+    def _best(self, path: Path) -> dict[str, Any]:
+        return read_state(path, self.run.keys["train"], "cpu")
+
+    @contextmanager
+    def _holding(self, trained: dict[str, Tensor]) -> Iterator[None]:
+        """The model with other trained weights for a while."""
+        own = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.model.load_state_dict(trained)
+        fold(self.model, self.recipe)
+        yield
+        self.model.load_state_dict(own)
 
 
 if __name__ == "__main__":
