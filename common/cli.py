@@ -94,6 +94,17 @@ def arguments() -> argparse.ArgumentParser:
 
     listing = _command(commands, "ls", _list, "list the cells of a folder")
     listing.add_argument("folder", type=Path)
+
+    verify = _command(commands, "verify", _verify, "is a data set complete, and are its images readable?")
+    verify.add_argument(
+        "spec", metavar="KIND:DIR", help="imagenet, cifar10, cifar100, cub, voc, coco, captions or folder"
+    )
+    verify.add_argument("--full", action="store_true", help="read every image, not a sample")
+
+    fetch = _command(commands, "fetch", _fetch, "download a published data set, or say where it is to be had")
+    fetch.add_argument("name", help="cifar10, cifar100, voc0712, coco2014, cub, imagenette-160, imagenet …")
+    fetch.add_argument("--root", type=Path, default=Path("data"), help="where to (default: data)")
+    fetch.add_argument("--url-base", metavar="URL", help="a mirror: replaces all but the file name of each URL")
     return made
 
 
@@ -193,6 +204,18 @@ def _list(args: argparse.Namespace) -> int:
         shown = "n/a" if value is None else f"{100 * value:.2f}"
         print(f"{cell.primary:>10} {shown:>7}  {cell.folder}")
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from common.data.verify import verify
+
+    return verify(args.spec, full=args.full)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from common.data.fetch import fetch
+
+    return fetch(args.name, args.root, args.url_base)
 
 
 if __name__ == "__main__":
