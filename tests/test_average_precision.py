@@ -87,7 +87,7 @@ def test_equals_the_loop_exactly(inclusive, plus_one):
     rng, matched = np.random.default_rng(0), 0
     for case in range(120):
         found, truth = random_case(rng)
-        iou = [0.5, 0.5, 0.3][case % 3]
+        iou = [0.5, 0.5, 0.3, 0.75, 0.05, 1.0][case % 6]
         stats = match(found, truth, 4, 3, iou, Convention(inclusive, plus_one))
         weights = np.concatenate([np.ones((1, 4)), rng.multinomial(4, np.full(4, 1 / 4), 3)])
         ap = class_ap(stats, weights)

@@ -66,7 +66,7 @@ def parse_data(text: str) -> DataSpec:
         if key in options:
             raise UserError(f"--data {text}: '{key}' is given twice")
         options[key] = _home(value)
-    if kind not in ("scenes", "captions") and path is None:
+    if kind not in ("scenes", "captions", "coco") and path is None:
         raise UserError(f"--data {text}: no path; write {EXAMPLES[kind]}")
     if kind == "scenes" and path is not None:
         raise UserError(f"--data {text}: scenes takes no path; write {EXAMPLES[kind]}")

@@ -52,7 +52,8 @@ class Boxes:
     """Boxes of many images as flat arrays.
 
     `image`: int (k,) index of the image. `label`: int (k,) class. `box`: float (k, 4) x0, y0, x1, y1.
-    Detections have `score`, float (k,); truth may have `difficult`, bool (k,).
+    Detections have `score`, float (k,); truth may have `difficult`, bool (k,), and `area`, float (k,), the size of
+    the object where it is not that of its box.
     """
 
     image: np.ndarray
@@ -60,6 +61,7 @@ class Boxes:
     box: np.ndarray
     score: np.ndarray | None = None
     difficult: np.ndarray | None = None
+    area: np.ndarray | None = None
 
 
 def match(
@@ -196,11 +198,11 @@ def rescore(images: Mapping[str, np.ndarray], weights: np.ndarray | None = None)
     `images` is what `match` returned. NaN when no class has a weighted object.
     """
     found = class_ap(images, weights)
-    return {f"m{name}": _mean(value) for name, value in found.items()}
+    return {f"m{name}": mean_of_classes(value) for name, value in found.items()}
 
 
-def _mean(value: np.ndarray) -> np.ndarray:
-    """The mean of each row (R, C), NaN left out, added in order."""
+def mean_of_classes(value: np.ndarray) -> np.ndarray:
+    """The mean of each row (R, C), NaN left out, added in order; NaN of nothing else."""
     valid = ~np.isnan(value)
     total = np.cumsum(np.where(valid, value, 0.0), 1)[:, -1]
     return np.divide(total, valid.sum(1), out=np.full(len(value), np.nan), where=valid.any(1))
