@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +98,21 @@ def _read_part(root: Path, part: str, classes: list[str], spec: DataSpec, report
 
 
 def _images(folder: Path, root: Path, report: Report) -> Iterable[Path]:
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield Path(where, name)
-            else:
-                report.note("file that is no image: ignored", Path(where, name).relative_to(root).as_posix())
+    with os.scandir(folder) as entries:
+        folders = {entry.name for entry in entries if entry.is_dir()}
+    # iterdir, because Path(folder, name) takes five times as long on a million files
+    entries = sorted(folder.iterdir(), key=attrgetter("name"))
+    for path in entries:
+        name = path.name
+        if name in folders:
+            continue
+        if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            yield path
+        else:
+            report.note("file that is no image: ignored", path.relative_to(root).as_posix())
+    for path in entries:
+        if path.name in folders:
+            yield from _images(path, root, report)
 
 
 def _with_boxes(
