@@ -62,12 +62,17 @@ def make_loader(batches: MicroBatches, positions: Positions, workers: int, pin: 
     return DataLoader(
         batches,
         batch_size=None,
+        collate_fn=_as_it_is,
         sampler=positions,
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_init_worker,
         prefetch_factor=4 if workers else None,
     )
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 def _init_worker(_: int) -> None:

@@ -199,7 +199,7 @@ class _Training:
     def _micro_step(self, batch: dict[str, Any], micro: int) -> None:
         rng, torch_seed = stream_and_seed(STEP, self.seed, self.iteration, micro)
         seed_torch(torch_seed, self.device)
-        batch = to_device(batch, self.device)
+        batch = {k: v if k == "ids" else to_device(v, self.device) for k, v in batch.items()}
         if self.on_device:
             batch = self.on_device(batch, self.device)
         batch["progress"] = self.iteration / self.iterations
