@@ -151,9 +151,10 @@ def cutmix(images: Tensor, permutation: Tensor, box: Box | Tensor) -> Tensor:
 
 def mixup(images: Tensor, permutation: Tensor, lam: float | Tensor) -> Tensor:
     """λ·images + (1−λ)·images[permutation]; λ one number, or a tensor (1 or N,): one for each image."""
-    if isinstance(lam, Tensor):  # in float32: bf16 features must be mixed by the λ of the labels
-        lam = lam.float().view(-1, 1, 1, 1)
-        return torch.lerp(images[permutation].float(), images.float(), lam).to(images.dtype)
+    if isinstance(lam, Tensor):  # not in bf16, which would round λ: the labels take it unrounded
+        exact = torch.promote_types(images.dtype, torch.float32)
+        lam = lam.to(exact).view(-1, 1, 1, 1)
+        return torch.lerp(images[permutation].to(exact), images.to(exact), lam).to(images.dtype)
     return torch.lerp(images[permutation], images, lam)
 
 

@@ -1,11 +1,31 @@
-"""CutMix, Mixup and Cutout against the published figures, torchvision and plain loops."""
+"""CutMix, Mixup and Cutout against the published figures, torchvision, timm and plain loops; sums of methods."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm.data
 import torch
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from common.mixing import MixingRecipe, box_share, cutmix, cutmix_box, cutout, mix, mixup
+from common.errors import UserError
+from common.mixing import (
+    ALL_METHODS,
+    METHODS,
+    MixingRecipe,
+    box_mask,
+    box_share,
+    cutmix,
+    cutmix_box,
+    cutmix_boxes,
+    cutout,
+    mix,
+    mix_labels,
+    mixup,
+    one_hot,
+    parse_method,
+)
 
 
 def boxes(width, height, draws, alpha=1.0, seed=0):
@@ -131,3 +151,240 @@ def test_soft_targets_equal_the_weighted_sum_of_two_losses():
     targets = lam * torch.eye(5)[a] + (1 - lam) * torch.eye(5)[b]
     loss = torch.nn.functional.cross_entropy
     torch.testing.assert_close(loss(logits, targets), lam * loss(logits, a) + (1 - lam) * loss(logits, b))
+
+
+CODED = torch.arange(1.0, 631.0).view(5, 1, 9, 14)
+FROZEN = {  # sum of each image, changed pixels, diagonal of the targets, the generator's next draw
+    "baseline": ([8001, 23877, 39753, 55629, 71505], 0, [1, 1, 1, 1, 1], 0.12857020276919962),
+    "mixup": (
+        [8001, 37174.13361, 26455.86639, 55629, 71505],
+        252,
+        [1, 0.162438, 0.162438, 1, 1],
+        0.12977394939929798,
+    ),
+    "cutout": ([7221, 14616, 29638, 34608, 54565], 185, [1, 1, 1, 1, 1], 0.07042057615419683),
+    "cutmix": ([8001, 31437, 32193, 55629, 71505], 120, [1, 0.52381, 0.52381, 1, 1], 0.9483284532917751),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_single_methods_draw_what_the_published_demo_drew(method):
+    rng = np.random.default_rng(11)
+    images, targets, _ = mix(CODED, torch.arange(5), 5, MixingRecipe(method=method), rng)
+    sums, changed, diagonal, following = FROZEN[method]
+    assert images.double().sum((1, 2, 3)).tolist() == pytest.approx(sums)
+    assert int((images != CODED).sum()) == changed
+    assert targets.diagonal().tolist() == pytest.approx(diagonal, abs=1e-6)
+    assert rng.random() == following
+
+
+def test_one_spelling_of_a_sum():
+    assert parse_method("mixup+cutout") == ("cutout", "mixup")
+    assert MixingRecipe(method="label_smoothing+cutmix").method == "cutmix+label_smoothing"
+    for method in ("cutout+manifold_mixup", "dropblock+label_smoothing", "cutmix+shakedrop", *ALL_METHODS):
+        assert "+".join(parse_method(method)) == method
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        ("cutmixup", "no method 'cutmixup'; use one of baseline, cutout, mixup"),
+        ("cutout+", "no method ''"),
+        ("cutout+cutout", "cutout is given twice"),
+        ("baseline+cutout", "baseline is nothing to add to"),
+        ("mixup+feature_cutmix", "mixup and feature_cutmix both mix pairs"),
+    ],
+)
+def test_methods_that_are_refused(method, what):
+    with pytest.raises(UserError, match=what.replace("?", ".")):
+        MixingRecipe(method=method)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"method": "stochdepth"}, "stochdepth is for pretraining only"),
+        ({"alpha": 0.0}, "alpha=0.0, it must be above 0"),
+        ({"alpha": -1.0, "method": "mixup"}, "alpha=-1.0, it must be above 0"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"probability": 1.5}, "probability=1.5"),
+        ({"cutout_share": 1.2, "method": "cutout"}, "a mask no larger than the image"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"method": "cutout+mixup", "batch": 1}, "mixup mixes pairs, a micro-batch of 1 image has none"),
+        ({"method": "feature_cutmix", "batch": 4, "micro_batch": 1}, "feature_cutmix mixes pairs"),
+        ({"cutmix_variant": "one_hot", "method": "mixup"}, "cutmix_variant=one_hot is CutMix's"),
+        ({"cutmix_variant": "big", "method": "cutmix"}, "choose one of standard, fixed_size"),
+        ({"mix_layers": (1,), "method": "cutmix"}, "mix_layers belongs to feature_cutmix and manifold_mixup"),
+        ({"mix_layers": (2, 5), "method": "manifold_mixup"}, "mix_layers=2,5, choose among 0 image, 1 bn1"),
+    ],
+)
+def test_fields_that_are_refused(fields, what):
+    with pytest.raises(UserError, match=what):
+        MixingRecipe(epochs=1, **fields).check()
+    MixingRecipe(epochs=1, batch=1, method="cutout+label_smoothing").check()
+
+
+def test_boxes_of_a_batch_equal_those_of_each_image():
+    rng = np.random.default_rng(0)
+    for width, height in ((224, 224), (32, 32), (13, 9), (1, 7)):
+        lam = np.append(rng.beta(1, 1, 300), [0.0, 1.0, 0.75])
+        centres = np.stack([rng.integers(width, size=303), rng.integers(height, size=303)], 1)
+        boxes = cutmix_boxes(width, height, torch.from_numpy(lam), torch.from_numpy(centres))
+        assert [tuple(box) for box in boxes.tolist()] == [
+            cutmix_box(width, height, x, (int(c[0]), int(c[1]))) for x, c in zip(lam, centres)
+        ]
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 9, 14), (1, 3, 8, 8), (4, 2, 12, 7)])
+def test_mixing_each_image_equals_a_loop(shape):
+    rng = np.random.default_rng(1)
+    images, count = torch.randn(shape), shape[0]
+    permutation, lam = torch.from_numpy(rng.permutation(count)), torch.from_numpy(rng.beta(1, 1, count))
+    centres = torch.from_numpy(rng.integers(7, size=(count, 2)))
+    boxes = cutmix_boxes(shape[3], shape[2], lam, centres)
+    cut, blend = cutmix(images, permutation, boxes), mixup(images, permutation, lam)
+    labels = mix_labels(torch.eye(count), permutation, lam)
+    kept = 1 - box_mask(boxes, shape[3], shape[2]).double().mean((1, 2, 3))
+    for i in range(count):
+        x0, y0, x1, y1 = boxes[i].tolist()
+        expected = images[i].clone()
+        expected[:, y0:y1, x0:x1] = images[permutation[i], :, y0:y1, x0:x1]
+        assert torch.equal(cut[i], expected)
+        assert kept[i].item() == pytest.approx(1 - box_share((x0, y0, x1, y1), shape[3], shape[2]), abs=1e-12)
+        x = float(lam[i])
+        torch.testing.assert_close(blend[i], x * images[i] + (1 - x) * images[permutation[i]])
+        torch.testing.assert_close(
+            labels[i], x * torch.eye(count)[i] + (1 - x) * torch.eye(count)[permutation[i]]
+        )
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_equal_timms_mixup(mode):
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 3, 10, 10), torch.tensor([0, 1, 2, 3, 0, 1])
+    for seed in range(4):
+        np.random.seed(seed)  # noqa: NPY002 timm draws from the global generator
+        timms = timm.data.Mixup(mixup_alpha=1.0, mode=mode, label_smoothing=0, num_classes=4)
+        theirs, their_targets = timms(images.clone(), labels)
+        np.random.seed(seed)  # noqa: NPY002
+        draw = timms._params_per_elem(6)[0] if mode == "elem" else [timms._params_per_batch()[0]]
+        lam, flipped = (
+            torch.tensor(np.array(draw)),
+            torch.arange(6).flip(0),
+        )  # timm pairs with the flipped batch
+        torch.testing.assert_close(mixup(images, flipped, lam), theirs)
+        ours = mix_labels(one_hot(labels, 4), flipped, lam)
+        torch.testing.assert_close(ours, their_targets)
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_equal_timms_cutmix(mode):
+    images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 12, 12).clone()
+    labels, flipped = torch.arange(6), torch.arange(6).flip(0)
+    for seed in range(4):
+        np.random.seed(seed)  # noqa: NPY002
+        timms = timm.data.Mixup(mixup_alpha=0, cutmix_alpha=1.0, mode=mode, label_smoothing=0, num_classes=6)
+        theirs, their_targets = timms(images.clone(), labels)
+        boxes = torch.zeros(6, 4, dtype=torch.long)
+        for i, changed in enumerate((theirs != images)[:, 0]):
+            rows, columns = torch.where(changed)
+            if len(rows):
+                ends = columns.max() + 1, rows.max() + 1
+                boxes[i] = torch.tensor([columns.min(), rows.min(), *ends])
+        assert torch.equal(cutmix(images, flipped, boxes), theirs)
+        kept = 1 - box_mask(boxes, 12, 12).double().mean((1, 2, 3))
+        torch.testing.assert_close(mix_labels(one_hot(labels, 6), flipped, kept), their_targets)
+
+
+@pytest.mark.parametrize("method", ["mixup", "cutmix"])
+def test_per_sample_sampler(method):
+    recipe = MixingRecipe(method=method, per_sample=True, probability=0.5)
+    images = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 1, 10, 13).clone()
+    mixed, targets, _ = mix(images, torch.arange(400), 400, recipe, np.random.default_rng(0))
+    assert torch.allclose(targets.sum(1), torch.ones(400))
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(400.0), atol=1e-3, rtol=1e-5)
+    own = targets.diagonal()
+    assert (own == 1).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert len(own[own < 1].unique()) > 25  # λ of their own
+    again = mix(images, torch.arange(400), 400, recipe, np.random.default_rng(0))
+    assert torch.equal(mixed, again[0]) and torch.equal(targets, again[1])
+
+
+def own_shares(draws=300, shape=(2, 1, 32, 32), progress=None, **fields):
+    """Of many micro-batches of two images: the label's own share, and the pixels' (nan where nothing was mixed)."""
+    images, recipe = torch.arange(2.0).view(2, 1, 1, 1).expand(shape), MixingRecipe(method="cutmix", **fields)
+    found = []
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        mixed, targets, _ = mix(images, torch.arange(2), 2, recipe, rng, progress)
+        if not torch.equal(targets, torch.eye(2)) or not torch.equal(mixed, images):
+            found.append((float(targets[0, 0]), 1 - float(mixed[0].mean())))
+    return np.array(found)
+
+
+def test_fixed_size_cutmix():
+    label, pixels = own_shares(cutmix_variant="fixed_size").T
+    np.testing.assert_allclose(label, pixels, atol=1e-6)
+    assert label.min() == pytest.approx(0.75) and (label > 0.75).any()  # 16² of 32², less at the border
+    label, pixels = own_shares(cutmix_variant="fixed_size", correct_lam=False).T
+    assert set(label) == {0.75} and len(set(pixels)) > 5
+
+
+def test_one_hot_and_complete_label():
+    label, pixels = own_shares(cutmix_variant="one_hot").T
+    assert set(label) == {0.0, 1.0}
+    np.testing.assert_array_equal(label, pixels >= 0.5)
+    label, pixels = own_shares(cutmix_variant="complete_label").T
+    assert set(label) == {0.5} and (pixels < 1).all()
+    images, recipe = (
+        torch.zeros(64, 1, 32, 32),
+        MixingRecipe(method="cutmix", cutmix_variant="complete_label"),
+    )
+    recipe = replace(recipe, per_sample=True, probability=0.5)
+    targets = mix(images, torch.arange(64), 64, recipe, np.random.default_rng(0))[1]
+    assert set(targets.diagonal().tolist()) == {0.5, 1.0}
+
+
+def test_centre_gaussian_cutmix():
+    images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 40, 40)
+    weight = {}
+    for variant in ("standard", "centre_gaussian"):
+        recipe, replaced = (
+            MixingRecipe(method="cutmix", cutmix_variant=variant, alpha=20.0),
+            torch.zeros(40, 40),
+        )
+        for seed in range(600):
+            replaced += mix(images, torch.arange(2), 2, recipe, np.random.default_rng(seed))[0][0, 0]
+        weight[variant] = float(
+            replaced[16:24, 16:24].mean() / replaced[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
+        )
+    assert weight["centre_gaussian"] > 2 * weight["standard"]
+
+
+def test_scheduled_cutmix():
+    fields = {"cutmix_variant": "scheduled", "probability": 0.1}
+    for progress in (0.0, 0.3, 0.9):
+        mixed = len(own_shares(progress=progress, draws=600, **fields)) / 600
+        assert mixed == pytest.approx(
+            progress / 2, abs=0.06
+        )  # half of the permutations of two change nothing
+    with pytest.raises(ValueError, match="progress"):
+        own_shares(draws=1, **fields)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_cutout_comes_before_the_mixing(per_sample):
+    recipe = MixingRecipe(method="mixup+cutout", per_sample=per_sample, probability=0.5)
+    for seed in range(6):
+        mixed, targets, _ = mix(
+            torch.ones(4, 1, 16, 16), torch.arange(4), 4, recipe, np.random.default_rng(seed)
+        )
+        if torch.equal(targets, torch.eye(4)):
+            assert set(mixed.unique().tolist()) == {0.0, 1.0}  # Cutout is for every batch
+        else:
+            assert len(mixed.unique()) > 2  # a hole of either image, blended
+
+
+def test_one_hot_labels_equal_torchs():
+    labels = torch.tensor([2, 0, 3])
+    assert torch.equal(one_hot(labels, 5), F.one_hot(labels, 5).float())
