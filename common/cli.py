@@ -12,7 +12,9 @@ from common.board.grid import TASKS, Outcome, expand_tasks, plan_tasks, run_jobs
 from common.board.report import write_report
 from common.board.table import board_csv, board_json, board_markdown, board_text, make_board
 from common.errors import UserError, run_main
+from common.export import TARGETS, export
 from common.files import make_folder, write_json, write_text
+from common.transfer import reading, reading_arguments
 from common.trunk import ARCHS
 
 
@@ -95,6 +97,12 @@ def arguments() -> argparse.ArgumentParser:
     listing = _command(commands, "ls", _list, "list the cells of a folder")
     listing.add_argument("folder", type=Path)
 
+    exporting = _command(commands, "export", _export, "write a checkpoint as another library reads it")
+    exporting.add_argument("backbone", help="a checkpoint file, torchvision:NAME or timm:NAME")
+    exporting.add_argument("--to", required=True, choices=TARGETS)
+    exporting.add_argument("--out", type=Path, required=True, help="the file")
+    reading_arguments(exporting)
+
     verify = _command(commands, "verify", _verify, "is a data set complete, and are its images readable?")
     verify.add_argument(
         "spec", metavar="KIND:DIR", help="imagenet, cifar10, cifar100, cub, voc, coco, captions or folder"
@@ -104,7 +112,9 @@ def arguments() -> argparse.ArgumentParser:
     fetch = _command(commands, "fetch", _fetch, "download a published data set, or say where it is to be had")
     fetch.add_argument("name", help="cifar10, cifar100, voc0712, coco2014, cub, imagenette-160, imagenet …")
     fetch.add_argument("--root", type=Path, default=Path("data"), help="where to (default: data)")
-    fetch.add_argument("--url-base", metavar="URL", help="a mirror: replaces all but the file name of each URL")
+    fetch.add_argument(
+        "--url-base", metavar="URL", help="a mirror: replaces all but the file name of each URL"
+    )
     return made
 
 
@@ -203,6 +213,12 @@ def _list(args: argparse.Namespace) -> int:
         value = cell.metrics[cell.primary]
         shown = "n/a" if value is None else f"{100 * value:.2f}"
         print(f"{cell.primary:>10} {shown:>7}  {cell.folder}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    for line in export(args.backbone, args.to, args.out, **reading(args)):
+        print(line)
     return 0
 
 

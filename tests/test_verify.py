@@ -1,0 +1,213 @@
+"""`backbench verify`: what is there, what lacks, and broken images, for every kind of data."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_class_folders
+from PIL import Image
+from test_cifar import write_cifar
+
+from common import cli
+from common.data import verify as module
+from common.data.verify import verify
+from common.errors import UserError
+from common.files import write_json
+from common.scenes import ensure_world
+
+
+@pytest.fixture(scope="module")
+def world():
+    return ensure_world(size="smoke")
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    """`backbench verify …`: exit code and what was printed."""
+    code = cli._main(["verify", *map(str, arguments)])
+    return code, capsys.readouterr().out
+
+
+def lines(out: str, state: str) -> list[str]:
+    return [line[8:] for line in out.splitlines() if line.startswith(state)]
+
+
+def test_class_folders(class_folders, capsys):
+    code, out = run(capsys, f"folder:{class_folders}")
+    assert code == 0 and not lines(out, "PROBLEM") and not lines(out, "differs")
+    assert {"3 classes: cat, dog, fox", "18 train images", "18 val images"} <= set(lines(out, "ok"))
+    assert "36 of 36 images decoded (a sample), 48 × 40 to 48 × 40" in out
+    assert out.splitlines()[-1].startswith(f"folder:{class_folders}: fine (")
+
+
+def test_full_names_every_broken_image_and_a_sample_need_not(tmp_path, capsys):
+    root = write_class_folders(tmp_path, per_class=40)
+    broken = [root / "train" / "dog" / "7.jpg", root / "val" / "fox" / "3.jpg"]
+    broken[0].write_bytes(broken[0].read_bytes()[:300])
+    broken[1].write_bytes(b"")
+    code, out = run(capsys, f"folder:{root}", "--full")
+    problems = lines(out, "PROBLEM")
+    assert code == 1 and len(problems) == 2 and "2 problems" in out
+    assert str(broken[0]) in problems[0] and str(broken[1]) in problems[1]
+    assert "238 of 240 images decoded (every image)" in out
+    assert "of 64 images decoded (a sample)" in run(capsys, f"folder:{root}")[1]
+
+
+def test_the_missing_piece_is_named(tmp_path, capsys):
+    root = write_class_folders(tmp_path)
+    shutil.rmtree(root / "val")
+    code, out = run(capsys, f"folder:{root}")
+    assert code == 1 and "has no val/ folder" in lines(out, "PROBLEM")[0]
+    code, out = run(capsys, f"cub:{tmp_path}")
+    assert code == 1 and "classes.txt" in lines(out, "PROBLEM")[0]
+    code, out = run(capsys, f"voc:{tmp_path / 'none'}")
+    assert code == 1 and "no such folder" in lines(out, "PROBLEM")[0]
+    with pytest.raises(UserError, match="KIND one of imagenet, cifar10"):
+        verify(str(tmp_path))
+    with pytest.raises(UserError, match="'yeer' is no option"):
+        verify("voc:/x,yeer=2007")
+
+
+def imagenet(root: Path, train: int = 3, val: int = 2) -> Path:
+    for part, count in (("train", train), ("val", val)):
+        for name in ("n01440764", "n01443537", "n01484850"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 6)).save(folder / f"{name}_{i}.JPEG")
+    return root
+
+
+def test_imagenet_names_classes_and_counts(tmp_path, capsys, monkeypatch):
+    root = imagenet(tmp_path / "a")
+    monkeypatch.setattr(module, "IMAGENET", {"train": 10, "val": 6})
+    code, out = run(capsys, f"imagenet:{root}")
+    problems = "\n".join(lines(out, "PROBLEM"))
+    assert (
+        code == 1 and "3 of 1000 classes; missing: n01491361, " in problems
+    )  # timm's list is installed here
+    assert "a subset: 9 of the 10 train images that are published" in problems
+    assert "6 val images, as published" in lines(out, "ok")
+    assert "val: 3 classes without 50 images: n01440764 2, n01443537 2" in problems
+    (root / "val" / "ILSVRC2012_val_00000001.JPEG").touch()
+    code, out = run(capsys, f"imagenet:{root}")
+    assert code == 1 and "ILSVRC2012_val_00000001.JPEG: the validation images are not sorted" in out
+    (tmp_path / "b" / "Data" / "CLS-LOC").mkdir(parents=True)
+    assert "give imagenet:" in run(capsys, f"imagenet:{tmp_path / 'b'}")[1]
+
+
+def test_imagenet_whole(tmp_path, capsys, monkeypatch):
+    root = imagenet(tmp_path, train=732, val=50)
+    monkeypatch.setattr(module, "IMAGENET", {"train": 2196, "val": 150})
+    monkeypatch.setattr(module, "_synsets", lambda: [])
+    out = run(capsys, f"imagenet:{root}")[1]
+    assert len(lines(out, "PROBLEM")) == 1 and "3 of 1000 classes" in out  # nothing else lacks
+    assert {"train: 732 to 1,300 images in every class", "val: 50 images in every class"} <= set(
+        lines(out, "ok")
+    )
+
+
+@pytest.mark.parametrize("kind, version", [("cifar10", "python"), ("cifar100", "binary")])
+def test_cifar(kind, version, tmp_path, capsys, monkeypatch):
+    folder = write_cifar(tmp_path, kind, version)
+    code, out = run(capsys, f"{kind}:{tmp_path}")
+    problems = "\n".join(lines(out, "PROBLEM"))
+    total = 20 if kind == "cifar10" else 4
+    assert code == 1 and f"a subset: {total} of the 50,000 train images that are published" in problems
+    assert ("its MD5 is not the published one" in problems) == (version == "python")
+    monkeypatch.setattr(module, "CIFAR", {"train": total, "test": 4})
+    monkeypatch.setattr(module, "CIFAR_MEAN", {kind: tuple(_mean(folder, version))})
+    out = run(capsys, f"{kind}:{tmp_path}")[1]
+    assert "mean training pixel" in "".join(lines(out, "ok")) and f"{total} train images, as published" in out
+
+
+def _mean(folder: Path, version: str):
+    from common.data import open_classification
+
+    kind = "cifar100" if "100" in folder.name else "cifar10"
+    return open_classification(f"{kind}:{folder}")[0].pixels.reshape(-1, 3).mean(0).round(1)
+
+
+def test_cifar_md5_of_the_published_files_pass(tmp_path, capsys, monkeypatch):
+    from torchvision import datasets
+
+    folder = write_cifar(tmp_path, "cifar100", "python")
+    md5 = {path.name: module.file_md5(path) for path in folder.iterdir()}
+    for key in ("train", "test"):
+        monkeypatch.setattr(datasets.CIFAR100, f"{key}_list", [[key, md5[key]]])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": md5["meta"]})
+    assert "3 files with the published MD5" in lines(run(capsys, f"cifar100:{folder}")[1], "ok")
+
+
+def test_cub(world, capsys, monkeypatch):
+    code, out = run(capsys, f"cub:{world.cub}")
+    problems = "\n".join(lines(out, "PROBLEM"))
+    assert (
+        code == 1 and "of the 5,994 train images" in problems and "published [60, 27, 385, 331]" in problems
+    )
+
+
+def test_voc_by_year(world, tmp_path, capsys, monkeypatch):
+    code, out = run(capsys, f"voc:{world.vocdevkit}")
+    assert code == 0 and "images decoded (a sample)" in out and "of 1 classes" not in out
+    year = next(world.vocdevkit.glob("VOC*"))
+    shutil.copytree(year, tmp_path / "VOC2007")
+    code, out = run(capsys, f"voc:{tmp_path}")
+    count = len((year / "ImageSets" / "Main" / "trainval.txt").read_text().split())
+    assert (
+        code == 0 and f"a subset: {count} of the 5,011 images of VOC2007 trainval" in lines(out, "differs")[0]
+    )
+    (tmp_path / "VOC2007" / "ImageSets" / "Main" / "test.txt").unlink()
+    code, out = run(capsys, f"voc:{tmp_path}")
+    assert code == 1 and "test.txt: no such split; unpack VOCtest_06-Nov-2007.tar" in lines(out, "PROBLEM")[0]
+    (tmp_path / "VOC2007").rename(tmp_path / "VOC2012")
+    code, out = run(capsys, f"voc:{tmp_path}")
+    assert code == 0 and "has no test split" in "".join(lines(out, "note"))
+    monkeypatch.setitem(module.VOC, ("VOC2012", "trainval"), (count, -1))
+    out = run(capsys, f"voc:{tmp_path},year=2012")[1]
+    assert (
+        f"{count} images of VOC2012 trainval, as published" in out and "objects" in lines(out, "differs")[0]
+    )
+    next((tmp_path / "VOC2012" / "JPEGImages").iterdir()).unlink()
+    code, out = run(capsys, f"voc:{tmp_path}")
+    assert code == 1 and "listed there are absent" in out
+
+
+def test_captions_and_coco(world, tmp_path, capsys, monkeypatch):
+    code, out = run(capsys, f"captions:{world.coco}")
+    assert code == 0 and "train captions" in out
+    sizes = {part: _jpegs(world.coco, part) for part in ("train", "val")}
+    monkeypatch.setattr(module, "COCO", {name: (count + 1, 0) for name, count in sizes.values()})
+    code, out = run(capsys, f"captions:{world.coco}")
+    assert code == 0 and len(lines(out, "differs")) == len(set(sizes.values()))
+
+
+def test_coco_instances(tmp_path, capsys):
+    (tmp_path / "annotations").mkdir()
+    for part in ("train2017", "val2017"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / part / "1.jpg")
+        write_json(
+            tmp_path / "annotations" / f"instances_{part}.json",
+            {
+                "images": [{"id": 1, "file_name": "1.jpg", "width": 40, "height": 30}],
+                "annotations": [
+                    {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 9, 8], "iscrowd": 0}
+                ],
+                "categories": [{"id": 3, "name": "car"}],
+            },
+        )
+    code, out = run(capsys, f"coco:{tmp_path}")
+    assert code == 0 and "train: 1 objects of 1 classes" in lines(out, "ok")
+    assert "a subset: 1 of the 118,287 train images that are published" in lines(out, "differs")
+
+
+def _jpegs(root: Path, part: str) -> tuple[str, int]:
+    from common.data import open_captions
+
+    images = open_captions(f"captions:{root}")[part == "val"]
+    return images.paths[0].parent.name, len(images)
+
+
+def test_file_md5(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert module.file_md5(tmp_path / "a") == "900150983cd24fb0d6963f7d28e17f72"
