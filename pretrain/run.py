@@ -39,7 +39,7 @@ from common.errors import UserError, run_main
 from common.files import write_npz
 from common.metrics.classification import true_rank
 from common.mixing import ALL_METHODS
-from common.recipe import label, override, parser, to_json
+from common.recipe import engine_options, label, override, parser, to_json
 from common.transfer import data_or_world
 from pretrain.networks import ALL_ARCHS, build
 from pretrain.recipes import RECIPES, PretrainRecipe
@@ -93,10 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         key=run.keys["train"],
         seed=args.seed,
         device=device,
-        workers=args.workers,
         desc=f"pretraining {recipe.method}",
-        compile=args.compile,
-        tensorboard=args.tensorboard,
+        **engine_options(args),
         **evaluation(held_out, recipe, device, len(kept)),
     )
     hooks.remove()

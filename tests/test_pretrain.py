@@ -8,18 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
+from conftest import write_class_folders
+from PIL import Image
+from test_cifar import write_cifar
+from torchvision.models import resnet18
+from torchvision.transforms import RandomResizedCrop, v2
 
-from common.backbone import load_backbone, load_classifier
+from common.backbone import IMAGENET_MEAN, IMAGENET_STD, load_backbone, load_classifier
 from common.crops import random_resized_crop
 from common.errors import UserError
+from common.mixing import ALL_METHODS
+from pretrain import evaluate, report
 from pretrain.run import main
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--recipe", "smoke", "--set", "iterations=4"]
 
 
-@pytest.mark.parametrize("method", ["baseline", "mixup", "cutout", "cutmix"])
+METHODS = [*ALL_METHODS, "cutout+mixup", "cutout+manifold_mixup", "cutout+label_smoothing"]
+METHODS += ["dropblock+label_smoothing", "cutmix+shakedrop"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_writes_a_backbone_file_and_a_cell(class_folders, tmp_path, method):
     assert (
         main([*QUICK, "--method", method, "--data", f"folder:{class_folders}", "--out", str(tmp_path)]) == 0
@@ -53,6 +63,12 @@ BAD = {
     "alpha": (["--set", "alpha=0", "--method", "cutmix"], "alpha=0.0, it must be above 0"),
     "mask": (["--set", "cutout_share=1.5"], "no larger than the image"),
     "pairs": (["--set", "batch=1", "--method", "mixup"], "mixes pairs"),
+    "method": (["--method", "cutmics"], "no method 'cutmics'; use one of baseline, cutout"),
+    "two pairs": (["--method", "cutmix+mixup"], "both mix pairs"),
+    "validation": (["--set", "eval_every=1"], "--set val_share"),
+    "one side": (["--set", "val_share=0.01"], "leaves none on one side"),
+    "std": (["--set", "std=0,0,0"], "three numbers"),
+    "network of CIFAR": (["--arch", "resnet110", "--method", "cutmix", "--set", "alpha=-1"], "alpha=-1"),
     "field": (["--set", "speed=3"], "no field 'speed'"),
     "device": (["--device", "cuda:7"], "not on this machine"),
 }
@@ -74,6 +90,119 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2 and done.stdout == "", done
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "absent" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_best_weights_are_kept_beside_the_last(class_folders, tmp_path):
+    data = ["--data", f"folder:{class_folders}", "--out", str(tmp_path)]
+    main([*QUICK, *data, "--set", "val_share=0.25", "--set", "eval_every=0.5", "--set", "lr=0.01"])
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    curve = {line["iteration"]: line["eval"]["top-1"] for line in log if "eval" in line}
+    best = max(curve, key=lambda i: (curve[i], -i))
+    kept = load_classifier(tmp_path / "baseline_best.pt")[1]
+    assert kept["epoch"] == pytest.approx(best * 8 / 18, abs=1e-4) and len(curve) >= 3
+    last = load_classifier(tmp_path / "baseline.pt")[1]
+    assert last["metrics"] == json.loads((tmp_path / "cell.json").read_text())["metrics"]
+    line = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "Best of" in line)
+    assert f": {best} (there top-1 {100 * curve[best]:.2f}" in line
+    assert f"here {100 * kept['metrics']['top-1']:.2f}" in line
+
+
+def test_shakedrop_is_folded_into_the_weights(class_folders, tmp_path):
+    data = ["--data", f"folder:{class_folders}"]
+    main([*QUICK, "--method", "shakedrop", *data, "--out", str(tmp_path / "run")])
+    plain = load_classifier(tmp_path / "run/shakedrop.pt")[0].state_dict()
+    trained = torch.load(tmp_path / "run/weights.pt", weights_only=True)["model"]
+    ratio = plain["trunk.layer4.1.bn2.weight"] / trained["trunk.layer4.1.bn2.weight"]
+    assert ratio == pytest.approx(0.5)  # p_L = .5 and α of mean 0
+    assert torch.equal(plain["trunk.layer4.1.bn1.weight"], trained["trunk.layer4.1.bn1.weight"])
+
+
+def test_a_cifar_network_trains_on_cifar_and_is_evaluated(tmp_path):
+    write_cifar(tmp_path, "cifar10", "python")
+    data, out = ["--data", f"cifar10:{tmp_path}"], tmp_path / "run"
+    quick = ["--set", "epochs=0", "--set", "iterations=1", "--set", "milestones=", "--set", "batch=4"]
+    main(
+        ["--recipe", "paper_cifar_resnet110", *quick, "--set", "micro_batch=2", "--method", "cutmix", *data]
+        + ["--out", str(out)]
+    )
+    assert (out / "cutmix.pt").exists()
+    cell = json.loads((out / "cell.json").read_text())
+    assert cell["identity"]["arch"] == "resnet110" and cell["identity"]["data"] == "cifar10"
+    evaluate.main(["--backbone", str(out / "cutmix.pt"), *data, "--out", str(tmp_path / "results")])
+    again = json.loads(next((tmp_path / "results").rglob("cell.json")).read_text())
+    assert again["metrics"] == cell["metrics"]
+    with pytest.raises(UserError, match=r"CIFAR network.*pretrain/evaluate.py"):
+        load_backbone(str(out / "cutmix.pt"))
+
+
+def test_evaluate_repeats_the_cell_of_a_run(class_folders, tmp_path, capsys):
+    data = ["--data", f"folder:{class_folders}"]
+    main([*QUICK, "--method", "cutmix", "--seed", "3", *data, "--out", str(tmp_path / "run")])
+    command = ["--backbone", str(tmp_path / "run/cutmix.pt"), *data, "--out", str(tmp_path / "results")]
+    evaluate.main(command)
+    folder = tmp_path / f"results/{class_folders.name}/classification/resnet18_half/evaluate/cutmix/seed3"
+    ours, theirs = (json.loads((f / "cell.json").read_text()) for f in (tmp_path / "run", folder))
+    assert ours["metrics"] == theirs["metrics"]
+    assert "| cat |" in (folder / "report.md").read_text()
+    capsys.readouterr()
+    evaluate.main(command)
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_evaluate_takes_any_checkpoint_and_checks_its_classes(class_folders, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = resnet18(num_classes=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+    torch.save(model.state_dict(), tmp_path / "three.pth")
+    small = ["--set", "size=32", "--set", "resize=36", "--out", str(tmp_path / "results")]
+    evaluate.main(["--backbone", str(tmp_path / "three.pth"), "--data", f"folder:{class_folders}", *small])
+    cell = json.loads(next((tmp_path / "results").rglob("cell.json")).read_text())
+    with np.load(next((tmp_path / "results").rglob("predictions.npz"))) as predictions:
+        ids, logits = predictions["ids"], predictions["logits"]
+    transform = v2.Compose(
+        [v2.Resize(36), v2.CenterCrop(32), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    )
+    images = torch.stack([transform(Image.open(class_folders / name)) for name in ids])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.inference_mode():
+        expected = model.eval()((images - mean) / std).numpy()
+    assert logits == pytest.approx(expected, abs=1e-4)
+    labels = [["cat", "dog", "fox"].index(name.split("/")[1]) for name in ids]
+    assert cell["metrics"]["top-1"] == (expected.argmax(1) == labels).mean()
+
+    body = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
+    torch.save({**resnet18(num_classes=7).state_dict(), **body}, tmp_path / "seven.pth")
+    torch.save(resnet18(num_classes=7).state_dict(), tmp_path / "untrained.pth")
+    for file, message in {
+        "seven.pth": "classifies 7 classes, the data has 3",
+        "untrained.pth": "never trained",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            evaluate.main(["--backbone", str(tmp_path / file), "--data", f"folder:{class_folders}", *small])
+
+
+def test_a_network_of_1000_classes_is_scored_on_part_of_imagenet(tmp_path):
+    names = ("n01440764", "n02102040", "n03888257")  # tench, English springer, parachute: 0, 217, 701
+    write_class_folders(tmp_path / "part", per_class=2, classes=names)
+    index = evaluate.class_index({"num_classes": 1000}, names, "any")
+    assert index.tolist() == [0, 217, 701]
+    with pytest.raises(UserError, match="does not know class 'n00000000'"):
+        evaluate.class_index({"num_classes": 1000}, ("n00000000",), "any")
+    with pytest.raises(UserError, match="classifies 1000 classes, the data has 2"):
+        evaluate.class_index({"num_classes": 1000}, ("cat", "dog"), "any")
+
+
+def test_numbers_of_the_report():
+    logits = np.log(np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]))
+    labels = np.array([0, 1, 1, 0])
+    found = report.evaluate(logits, labels, list("abcd"), ["cat", "dog"])
+    assert found["metrics"] == {"top-1": 0.75} and found["confusions"] == [("dog", "cat", 1)]
+    assert found["by class"] == {"cat": 1.0, "dog": 0.5}
+    assert found["calibration error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
+    low, high = report.wilson(0.75, 100)
+    assert (low, high) == pytest.approx((0.6570, 0.8245), abs=1e-4)  # R's binom.wilson(75, 100)
 
 
 def test_another_recipe_in_the_folder_is_refused(class_folders, tmp_path):

@@ -1,0 +1,217 @@
+"""Top-1 and top-5 of any checkpoint that has its classifier, with a report and a cell for the board.
+
+    python pretrain/evaluate.py --backbone runs/cutmix/cutmix.pt --data folder:DIR
+    python pretrain/evaluate.py --backbone torchvision:resnet50 --data folder:ILSVRC --name baseline
+    python pretrain/evaluate.py --backbone pyramidnet.pt --data cifar100:DIR
+
+A network of 1,000 ImageNet classes is scored on any folders named by their WordNet ids (timm must be installed);
+another network's classes must be the data's. Without --data it uses the embedded world.
+"""
+
+if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import common  # noqa: F401  first, before torch
+
+# isort: split
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from common.backbone import load_classifier
+from common.cell import Identity, open_run
+from common.checkpoint import read_checkpoint
+from common.classify import predict_logits
+from common.crops import test_images
+from common.data import open_classification
+from common.engine import is_main, pick_device
+from common.errors import UserError, run_main
+from common.files import digest, write_npz
+from common.recipe import label, override
+from common.transfer import data_or_world, reading, reading_arguments
+from pretrain.networks import NETWORKS, load_network
+from pretrain.recipes import RECIPES
+from pretrain.report import evaluate, finish
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Arguments → recipe, data, classifier → predictions → report and cell."""
+    args = arguments().parse_args(argv)
+    recipe = override(RECIPES[args.recipe or "paper"], args.set)
+    device = pick_device(args.device)
+    model, facts = load(args.backbone, **reading(args))
+    recipe = as_the_file(recipe, facts, args)
+    test_set = open_classification(data_or_world(args), args.limit or None, args.skip_bad)[1]
+    index = class_index(facts, test_set.classes, args.backbone)
+    fingerprint = digest(*(part for k, v in model.state_dict().items() for part in (k, v.numpy().tobytes())))
+    seed = facts.get("seed") or 0
+    name = args.name or facts["method"]
+    recipe_label = label("evaluate", [f"recipe={args.recipe}"] * bool(args.recipe) + args.set, recipe)
+    run = open_run(
+        args.out / Path(test_set.name, "classification", facts["arch"], recipe_label, name, f"seed{seed}"),
+        identity=Identity(
+            *(test_set.name, "classification", facts["arch"], recipe_label, name, seed),
+            **{"group": name, "method": facts["method"], "arch": facts["arch"], "limit": args.limit},
+        ),
+        task="classification",
+        data=test_set.name,
+        model=facts["arch"],
+        recipe=recipe,
+        recipe_label=recipe_label,
+        backbone=None,
+        seed=seed,
+        train_fingerprint=fingerprint,
+        test_fingerprint=test_set.fingerprint,
+        limit=args.limit,
+        restart=args.restart,
+        skip_bad=len(test_set.skipped),
+    )
+    if run.finished:
+        print(f"finished already: {run.folder}")
+        return 0
+    run.note_data([], test_set.report)
+    for line in facts.get("report", []):
+        run.note(line)
+    if is_main():
+        with run.stage("predict", files=["predictions.npz"]):
+            images = test_images(test_set, recipe)
+            logits = predict_logits(model, images, recipe, device, recipe.mean, recipe.std)
+            write_npz(run.folder / "predictions.npz", ids=np.array(test_set.ids), logits=logits)
+        names = names_of(index, test_set.classes, logits.shape[1])
+        found = evaluate(logits, index[test_set.labels], test_set.ids, names)
+        finish(run, found, device, {}, described(args.backbone, facts, recipe))
+        for metric, value in found["metrics"].items():
+            print(f"{metric} {100 * value:.2f} %")
+        print(f"→ {run.folder}")
+    return 0
+
+
+def arguments():
+    """The command line of this script."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--backbone",
+        required=True,
+        help="a checkpoint with its classifier (a file of pretrain/run.py, the official CutMix code, torchvision, "
+        "timm …), torchvision:NAME or timm:NAME",
+    )
+    made.add_argument(
+        "--data", metavar="KIND:PATH", help="folder:DIR, cifar10:DIR, cifar100:DIR … (default: scenes)"
+    )
+    made.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        help="the pretraining recipe whose test images to take (default: the file's own, else paper: short side "
+        "256, central 224²)",
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a recipe field: size=, resize=, resize_backend=, test_batch=, precision= …; repeatable",
+    )
+    made.add_argument("--name", help="its name in results (default: the file's method, or its name)")
+    made.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")
+    made.add_argument("--limit", type=int, default=0, metavar="N", help="use only N test images")
+    made.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU when there is one)")
+    made.add_argument(
+        "--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell"
+    )
+    made.add_argument("--restart", action="store_true", help="throw away what the cell's folder holds")
+    reading_arguments(made)
+    return made
+
+
+def load(spec: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier and its facts: any ResNet of the field, or a CIFAR network of this project."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        content = read_checkpoint(path)
+        if isinstance(content, dict) and content.get("arch") in NETWORKS and "format" in content:
+            return load_network(path)
+    return load_classifier(spec, **options)
+
+
+def as_the_file(recipe, facts: dict[str, Any], args):
+    """The recipe with the normalisation of the file, and its test transform unless `--recipe` names another."""
+    changes = {"mean": tuple(facts["mean"]), "std": tuple(facts["std"])}
+    own = facts.get("recipe", {})
+    if args.recipe is None and own:
+        changes |= {k: own[k] for k in ("size", "resize", "crop") if k in own}
+    given = {setting.partition("=")[0] for setting in args.set}
+    changed = replace(recipe, **{k: v for k, v in changes.items() if k not in given})
+    changed.check()
+    return changed
+
+
+def class_index(facts: dict[str, Any], classes: Sequence[str], spec: str) -> np.ndarray:
+    """The network's index of each class of the data, int64. Raises UserError when they are not the same classes.
+
+    By name where the file tells its classes; by WordNet id where a network of 1,000 classes meets part of ImageNet; in
+    order where both have as many.
+    """
+    known, count = facts.get("classes"), facts["num_classes"]
+    if known is None and count == 1000 and len(classes) < 1000 and all(_wordnet(name) for name in classes):
+        known = _imagenet_classes()
+    if known is None:
+        if count == len(classes):
+            return np.arange(count)
+        raise UserError(
+            f"{spec}: classifies {count} classes, the data has {len(classes)} ({', '.join(classes[:3])} …); "
+            "give the data it was trained for"
+        )
+    where = {name: i for i, name in enumerate(known)}
+    absent = [name for name in classes if name not in where]
+    if absent:
+        raise UserError(
+            f"{spec}: does not know class '{absent[0]}' ({len(absent)} of the data's {len(classes)}); it knows "
+            f"{', '.join(known[:4])}{' …' if len(known) > 4 else ''}: give the data it was trained for"
+        )
+    return np.array([where[name] for name in classes], np.int64)
+
+
+def names_of(index: np.ndarray, classes: Sequence[str], count: int) -> list[str]:
+    """A name for each of the network's classes: the data's, or its number."""
+    known = dict(zip(index.tolist(), classes))
+    return [known.get(i, f"class {i}") for i in range(count)]
+
+
+def described(spec: str, facts: dict[str, Any], recipe) -> list[str]:
+    """The report's lines on where the classifier came from and what it was shown."""
+    lines = [
+        f"Weights: {Path(spec).name if Path(spec).exists() else spec}, {facts['num_classes']} classes. Images: short "
+        f"side {recipe.resize}, central {recipe.size}² ({recipe.resize_backend}); RGB/255 less "
+        f"{', '.join(f'{v:.4g}' for v in recipe.mean)}, over {', '.join(f'{v:.4g}' for v in recipe.std)}."
+    ]
+    if facts.get("recipe_label"):
+        lines += ["", f"Pretrained by recipe {facts['recipe_label']} on {facts.get('data')}."]
+    return lines
+
+
+def _wordnet(name: str) -> bool:
+    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
+
+
+def _imagenet_classes() -> list[str]:
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError:
+        raise UserError(
+            "part of ImageNet's classes and a network of all 1,000: which is which is known to timm; "
+            "pip install 'backbench[interop]'"
+        ) from None
+    return ImageNetInfo().label_names()
+
+
+if __name__ == "__main__":
+    run_main(main)
