@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import nms as suppress
 
 from common.trunk import Trunk, normalise
 from detection.matching import MAPS, RATIOS, decode, hard_negatives, match_priors, ssd300_priors
@@ -141,21 +141,45 @@ def detect(
     top: int = 200,
     candidates: int = 400,
 ) -> list[dict[str, Tensor]]:
-    """Detections of a batch, one NMS for all its images and classes.
+    """Detections of a batch, its images and classes told apart by an offset and not by calls of NMS.
 
     Of each image and class the best `candidates` above `score` enter NMS (per class, at IoU `nms`), of each image
     the best `top` leave it. Returns for each image `boxes` (k, 4) corners as shares of the image, clipped to it,
     `labels` (k,) from 0 and `scores` (k,), best first.
     """
-    n, p, classes = logits.shape[0], logits.shape[1], logits.shape[2] - 1
-    scores = logits.softmax(-1)[..., 1:].transpose(1, 2).reshape(n * classes, p)
-    scores, prior = scores.topk(min(candidates, p), 1)
-    row, column = torch.nonzero(scores > score, as_tuple=True)
-    scores, prior, image, label = scores[row, column], prior[row, column], row // classes, row % classes
+    n, classes = logits.shape[0], logits.shape[2] - 1
+    scores = logits.softmax(-1)[..., 1:]
+    image, prior, label = torch.nonzero(scores > score, as_tuple=True)
+    scores, row = scores[image, prior, label], image * classes + label
+    order = scores.sort(descending=True, stable=True).indices
+    order = order[row[order].sort(stable=True).indices]  # by image and class, best first
+    counts = torch.bincount(row, minlength=n * classes)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    order = order[place < candidates]
+    scores, prior, image, label = scores[order], prior[order], image[order], label[order]
     boxes = decode(offsets[image, prior], priors[prior]).clamp(0, 1)
-    keep = batched_nms(boxes, scores, row, nms)  # best first over the whole batch
+    keep = _nms_of_rows(boxes, scores, row[order], nms)
+    keep = keep[scores[keep].sort(descending=True, stable=True).indices]
     found = []
     for i in range(n):
         mine = keep[image[keep] == i][:top]
         found.append({"boxes": boxes[mine], "labels": label[mine], "scores": scores[mine]})
     return found
+
+
+def _nms_of_rows(boxes: Tensor, scores: Tensor, row: Tensor, iou: float) -> Tensor:
+    """Indices of the boxes that stay when those of one row suppress one another; `row` is sorted.
+
+    One call for the whole batch: rows are moved apart, in double precision, so that the move changes no decision.
+    As NMS takes the square of its boxes, a call stops growing at `limit` of them.
+    """
+    limit = 65_536 if boxes.is_cuda else 512
+    shifted, scores = boxes.double() + 2.0 * row[:, None], scores.double()
+    sizes, kept, start = torch.unique_consecutive(row, return_counts=True)[1].tolist(), [], 0
+    while sizes:
+        stop = start + sizes.pop(0)
+        while sizes and stop + sizes[0] - start <= limit:
+            stop += sizes.pop(0)
+        kept.append(start + suppress(shifted[start:stop], scores[start:stop], iou))
+        start = stop
+    return torch.cat(kept) if kept else row
