@@ -40,3 +40,15 @@ def test_lighting_is_the_published_noise():
     covariance = EIGENVECTORS @ np.diag((0.1 * 255 * EIGENVALUES) ** 2) @ EIGENVECTORS.T
     assert np.cov(shifts.T) == pytest.approx(covariance + np.eye(3) / 12, rel=0.1, abs=0.4)
     assert np.all(lighting(image, np.random.default_rng(3)) == lighting(image, np.random.default_rng(3)))
+
+
+def test_lighting_is_the_formula_on_every_pixel():
+    image = np.random.default_rng(1).integers(0, 256, (30, 20, 3)).astype(np.uint8)
+    image[:2], image[2:4] = 0, 255
+    for seed in range(5):
+        shift = 255 * (EIGENVECTORS * EIGENVALUES) @ np.random.default_rng(seed).normal(0, 0.1, 3)
+        expected = np.clip(np.rint(image + shift), 0, 255)
+        for view in (image, image[:, 3:11]):
+            done = lighting(view, np.random.default_rng(seed))
+            np.testing.assert_array_equal(done, expected if view is image else expected[:, 3:11])
+            assert done.dtype == np.uint8

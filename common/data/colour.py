@@ -31,5 +31,8 @@ def lighting(image: np.ndarray, rng: np.random.Generator, deviation: float = 0.1
 
     uint8 (H, W, 3) → the same, rounded and clipped.
     """
+    import cv2
+
     shift = 255 * (EIGENVECTORS * EIGENVALUES) @ rng.normal(0, deviation, 3)
-    return np.clip(np.rint(image + shift), 0, 255).astype(np.uint8)
+    table = np.clip(np.rint(np.arange(256)[:, None] + shift), 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table[None])
