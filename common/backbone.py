@@ -5,26 +5,21 @@ file that is given to this module can run code. Anything short of a full match o
 prefix that silently trains a random backbone is the complaint the field knows best.
 """
 
-import pickle
-import warnings
-import zipfile
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.checkpoint import check_body, cifar_line, find_resnet, read_checkpoint, recognise, tensors_of
 from common.errors import UserError
 from common.files import digest, write_atomic
 from common.trunk import ARCHS, Classifier, Trunk
 
 FORMAT = "backbench-backbone-1"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
-BODY = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
-CONTAINERS = ("state_dict", "model_state_dict", "model", "student", "net")
 
 
 @dataclass
@@ -36,54 +31,138 @@ class Backbone:
     name: str  # its label in result paths
     group: str  # rows of one group are pretraining seeds of one method
     method: str
-    fingerprint: str  # of the body's tensors
+    fingerprint: str  # of the body's tensors and of how they read their input
     source: str  # as given on the command line
     mean: tuple[float, ...] = IMAGENET_MEAN  # normalisation that the weights want, of RGB/255
     std: tuple[float, ...] = IMAGENET_STD
     input_size: int = 224
     pretrain_seed: int | None = None
     scratch: bool = False  # random weights: no task freezes anything of them
+    stride_in_1x1: bool = False
+    bgr: bool = (
+        False  # the weights were made for BGR: the first layer's channels are reversed, so they read RGB here
+    )
     report: list[str] = field(default_factory=list)
 
 
-def load_backbone(spec: str, *, arch: str | None = None, name: str | None = None, seed: int = 0) -> Backbone:
+def load_backbone(
+    spec: str,
+    *,
+    arch: str | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    stride_in_1x1: bool = False,
+    bgr: bool = False,
+) -> Backbone:
     """Load `FILE`, `torchvision:NAME`, `timm:NAME` or `scratch[:ARCH]` (random weights drawn from `seed`).
 
     `arch` is only needed by `scratch`; files are recognised by their keys and shapes, and a contradiction is refused.
-    Raises UserError for anything but a full, finite, trained body.
+    `mean` and `std` (of RGB/255) override what the file says, `stride_in_1x1` puts a bottleneck's stride there, `bgr`
+    is for weights that were trained on BGR; all four are part of the fingerprint. Raises UserError for anything but a
+    full, finite, trained body.
     """
+    return _load(spec, arch, name, seed, mean, std, stride_in_1x1, bgr)[0]
+
+
+def load_classifier(
+    spec: str | Path, *, classes: int | None = None, **options: Any
+) -> tuple[Classifier, dict[str, Any]]:
+    """A whole classifier (body and `fc`) of anything `load_backbone` takes (`scratch` aside), and what is known of it.
+
+    `options` are `load_backbone`'s. The facts hold a backbone file's own (see `save_backbone`) and always arch,
+    num_classes, method, mean, std, size, report and fingerprint. Raises UserError as `load_backbone`, when there is
+    no linear classifier, and when it has not `classes` classes.
+    """
+    backbone, head, facts = _load(str(spec), **options)
+    if not head:
+        raise UserError(f"{spec}: has no classifier (fc.weight) beside its body; give a file that has one")
+    count, width = head["fc.weight"].shape
+    if width != backbone.trunk.channels["layer4"] or not all(torch.isfinite(v).all() for v in head.values()):
+        raise UserError(
+            f"{spec}: its classifier does not fit its body, or is not finite; give a complete checkpoint"
+        )
+    if classes not in (None, count):
+        raise UserError(
+            f"{spec}: classifies {count} classes, the data has {classes}; give the data it was trained for"
+        )
+    classifier = Classifier(backbone.trunk, count)
+    classifier.fc.load_state_dict({k.removeprefix("fc."): v for k, v in head.items()})
+    known = {
+        "arch": backbone.arch,
+        "num_classes": count,
+        "method": backbone.method,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "size": backbone.input_size,
+        "stride_in_1x1": backbone.stride_in_1x1,
+        "report": backbone.report,
+        "fingerprint": backbone.fingerprint,
+    }
+    return classifier, {**facts, **known}
+
+
+def _load(
+    spec: str,
+    arch: str | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    stride_in_1x1: bool = False,
+    bgr: bool = False,
+) -> tuple[Backbone, dict[str, Tensor], dict[str, Any]]:
+    """(backbone, `fc.weight` and `fc.bias` or nothing, the file's facts)."""
     kind, _, rest = spec.partition(":")
     if kind == "scratch":
-        return _scratch(rest or arch or "resnet50", spec, name, seed)
+        return _scratch(rest or arch or "resnet50", spec, name, seed, mean, std, stride_in_1x1, bgr), {}, {}
+    model = None
     if kind in ("torchvision", "timm") and rest:
-        state, facts = _from_library(kind, rest)
+        model, facts = _from_library(kind, rest)
+        tensors = model.state_dict()
     else:
-        state, facts = _from_file(Path(spec).expanduser())
-    state, notes = _body(state, spec)
-    found = _recognise(state, spec)
+        rest = ""
+        tensors, facts = _from_file(Path(spec).expanduser())
+    if facts.get("arch") and facts["arch"] not in ARCHS:
+        raise UserError(cifar_line(spec, facts["arch"]))
+    body, head, notes = find_resnet(tensors, spec)
+    found = recognise(body, spec)
     for declared in (facts.get("arch"), arch):
         if declared and declared != found:
             raise UserError(
                 f"{spec}: its weights are a {found}, not a {declared}; drop --arch or give the right file"
             )
-    trunk = Trunk(found)
-    _load_strictly(trunk, state, spec)
-    label = facts.get("method") or ("torchvision-" + rest if rest else Path(spec).name.split(".")[0])
+    stride_in_1x1 = stride_in_1x1 or bool(facts.get("stride_in_1x1"))  # an export says it of itself
+    trunk = _trunk(found, stride_in_1x1, spec)
+    wanted = trunk.state_dict()
+    check_body(wanted, body, found, spec)
+    trunk.load_state_dict({**{k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}, **body})
+    if model is not None:
+        _check_features(model, trunk, spec)
+    if bgr:
+        trunk.conv1.weight.data = trunk.conv1.weight.data.flip(1)
+        notes.append("BGR weights: the first layer's input channels are reversed, to read RGB")
+    label = facts.get("method") or (f"{kind}-{rest}" if rest else Path(spec).name.split(".")[0])
     seed_of_file = facts.get("seed")
-    return Backbone(
+    mean, std, said = _normalisation(facts, mean, std)
+    backbone = Backbone(
         trunk=trunk,
         arch=found,
         name=name or (f"{label}-p{seed_of_file}" if seed_of_file else label).replace("/", "_"),
         group=facts.get("method") or name or label,
         method=facts.get("method") or label,
-        fingerprint=body_fingerprint(trunk),
+        fingerprint=_fingerprint(body_fingerprint(trunk), mean, std, stride_in_1x1),
         source=spec,
-        mean=tuple(facts.get("mean", IMAGENET_MEAN)),
-        std=tuple(facts.get("std", IMAGENET_STD)),
+        mean=mean,
+        std=std,
         input_size=int(facts.get("size", 224)),
         pretrain_seed=seed_of_file,
-        report=notes,
+        stride_in_1x1=stride_in_1x1,
+        bgr=bgr,
+        report=notes + said + (["stride in the 1×1 convolutions"] if stride_in_1x1 else []),
     )
+    return backbone, head, facts
 
 
 def save_backbone(path: Path | str, classifier: Classifier, **facts: Any) -> None:
@@ -108,15 +187,6 @@ def read_backbone_file(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def load_classifier(path: Path | str) -> tuple[Classifier, dict[str, Any]]:
-    """A whole classifier (body and `fc`) from a backbone file, and the file's facts."""
-    content = read_backbone_file(path)
-    classifier = Classifier(Trunk(content["arch"]), content["num_classes"])
-    state = {k if k.startswith("fc.") else f"trunk.{k}": v for k, v in content["state_dict"].items()}
-    classifier.load_state_dict(state)
-    return classifier, {k: v for k, v in content.items() if k != "state_dict"}
-
-
 def body_fingerprint(trunk: nn.Module) -> str:
     """16 hex digits over the names, shapes and values of a body's tensors."""
     state = sorted(trunk.state_dict().items())
@@ -133,183 +203,114 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().float().contiguous().numpy().tobytes()
 
 
-@contextmanager
-def _numpy_scalars():
-    """Allow exactly numpy's float and int scalars, which the official CutMix checkpoints hold beside the weights."""
-    scalar = np._core.multiarray.scalar
-    safe = [
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        np.dtype,
-        np.dtypes.Float64DType,
-        np.dtypes.Float32DType,
-        np.dtypes.Int64DType,
+def _fingerprint(body: str, mean: Sequence[float], std: Sequence[float], stride_in_1x1: bool) -> str:
+    """The body's own under the usual reading, so that a file's cells keep their keys; another reading is digested."""
+    if (tuple(mean), tuple(std), stride_in_1x1) == (IMAGENET_MEAN, IMAGENET_STD, False):
+        return body
+    return digest(body, list(mean), list(std), stride_in_1x1)
+
+
+def _normalisation(
+    facts: dict[str, Any], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
+    """(mean, std, what to say of it): the override, else what the file says, else ImageNet's."""
+    said = [
+        f"input {what} {', '.join(f'{v:.4g}' for v in values)} as asked for"
+        for what, values in (("mean", mean), ("deviation", std))
+        if values
     ]
-    with torch.serialization.safe_globals(safe):
-        yield
+    mean = tuple(float(v) for v in mean or facts.get("mean") or IMAGENET_MEAN)
+    std = tuple(float(v) for v in std or facts.get("std") or IMAGENET_STD)
+    return mean, std, said
 
 
-def read_checkpoint(path: Path) -> Any:
-    """Read a torch or safetensors file without running any code in it. Raises UserError in one line otherwise."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(
-            f"{path}: {what}; --backbone takes a checkpoint file, torchvision:NAME, timm:NAME or scratch:ARCH"
-        )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        with _numpy_scalars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocols of files that are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "GLOBAL" in str(error):
-            culprit = (
-                str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in str(error) else "Python objects"
-            )
-            raise UserError(
-                f"{path}: holds pickled objects that could run code ({culprit}); save a plain state dict instead"
-            ) from None
-        raise UserError(f"{path}: not a PyTorch checkpoint (a text or other file?)") from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError) as error:
-        with path.open("rb") as file:
-            head = file.read(2)
-        if head and head != b"PK" and head[:1] != b"\x80":  # neither a zip nor a pickle
-            raise UserError(f"{path}: not a PyTorch checkpoint (a text or other file?)") from None
-        first = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: truncated or damaged ({first[:120]}); fetch or write it again") from None
+def _trunk(arch: str, stride_in_1x1: bool, spec: str) -> Trunk:
+    trunk = Trunk(arch, stride_in_1x1)
+    if stride_in_1x1 and not trunk.has_1x1:
+        raise UserError(f"{spec}: a {arch} has no 1×1 convolution to stride in; drop --stride-in-1x1")
+    return trunk
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path}: needs the package safetensors (pip install 'backbench[interop]')") from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: no readable safetensors file ({error})") from None
-
-
-def _from_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _from_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content = read_checkpoint(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, a dict of tensors was expected")
-    facts: dict[str, Any] = {}
     if "format" in content and "state_dict" in content:
-        facts = {k: v for k, v in read_backbone_file(path).items() if k != "state_dict"}
-    for container in CONTAINERS:
-        if isinstance(content.get(container), dict):
-            content = content[container]
-            break
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}, facts
+        facts = {k: v for k, v in content.items() if k != "state_dict"}
+        if facts["format"] != FORMAT:
+            raise UserError(
+                f"{path}: format {facts['format']!r} is unknown here ({FORMAT} is read): update backbench"
+            )
+    else:
+        facts = {}
+    inner = content.get("state_dict")
+    return tensors_of(inner if isinstance(inner, dict) else content), facts
 
 
-def _from_library(kind: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _from_library(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A pretrained model of torchvision (NAME or NAME.WEIGHTS) or timm (NAME or NAME.TAG) and what it wants."""
     try:
         if kind == "torchvision":
-            import torchvision
+            from torchvision.models import get_model, get_model_weights
 
-            return torchvision.models.get_model(name, weights="DEFAULT").state_dict(), {}
+            name, _, tag = name.partition(".")
+            weights = get_model_weights(name)[tag or "DEFAULT"]
+            asked = weights.transforms()
+            facts = {"mean": asked.mean, "std": asked.std, "size": asked.crop_size[0]}
+            return get_model(name, weights=weights, progress=False).eval(), facts
         import timm
 
-        model = timm.create_model(name, pretrained=True)
-        return model.state_dict(), {"mean": model.default_cfg["mean"], "std": model.default_cfg["std"]}
+        model = timm.create_model(name, pretrained=True).eval()
+        asked = model.pretrained_cfg
+        return model, {"mean": asked["mean"], "std": asked["std"], "size": asked["input_size"][1]}
     except ImportError:
         raise UserError(f"{kind}:{name}: needs the package timm (pip install 'backbench[interop]')") from None
     except Exception as error:  # each library has errors of its own for an unknown name and for no network
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{kind}:{name}: cannot be had ({first[:160]}); check the name and the network"
+            f"{kind}:{name}: cannot be had ({first[:160]}); check the name and the network, "
+            "or fetch the file elsewhere and give its path"
         ) from None
 
 
-def _body(state: dict[str, Tensor], spec: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The body's tensors under torchvision's names: the prefix is found, classifier and other heads are left out."""
-    prefixes = sorted(
-        {k[: -len("conv1.weight")] for k in state if k.endswith("conv1.weight") and ".layer" not in f".{k}"}
-    )
-    if not prefixes:
+@torch.inference_mode()
+def _check_features(model: nn.Module, trunk: Trunk, spec: str) -> None:
+    """Refuse a library's network that has this body's weights, but other layers between them (resnetblur50 …)."""
+    images = torch.linspace(-2, 2, 3 * 64 * 64).sin().mul(2).view(1, 3, 64, 64)
+    if hasattr(model, "forward_features"):
+        theirs = model.forward_features(images)
+    else:
+        theirs = nn.Sequential(*list(model.children())[:-2])(images)
+    mode = trunk.training
+    ours = trunk.eval()(images)
+    trunk.train(mode)
+    if theirs.shape != ours.shape or (theirs - ours).abs().max() > 1e-3 * theirs.abs().max():
         raise UserError(
-            f"{spec}: no ResNet in it: no key ends with conv1.weight (its keys begin {sorted(state)[:3]})"
+            f"{spec}: has the weights of a {trunk.arch} but other layers between them, for its features differ; "
+            f"take the plain {trunk.arch}"
         )
-    momentum = ("encoder_k", "teacher", "momentum")
-    prefix = next((p for p in prefixes if not any(word in p for word in momentum)), prefixes[0])
-    body = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    dropped = sorted(k for k in body if not k.startswith(BODY))
-    notes = [f"key prefix {prefix!r} removed"] if prefix else []
-    if len(prefixes) > 1:
-        notes.append(f"took {prefix!r}, not {', '.join(repr(p) for p in prefixes if p != prefix)}")
-    if dropped:
-        notes.append(
-            f"left out {len(dropped)} keys that are no body: {', '.join(dropped[:3])}{' …' if dropped[3:] else ''}"
-        )
-    return {k: v for k, v in body.items() if k.startswith(BODY)}, notes
 
 
-def _recognise(state: dict[str, Tensor], spec: str) -> str:
-    """The architecture that block counts, block type, width and groups spell."""
-    blocks = tuple(len({k.split(".")[1] for k in state if k.startswith(f"layer{n}.")}) for n in (1, 2, 3, 4))
-    bottleneck = "layer1.0.conv3.weight" in state
-    width, conv2 = state["conv1.weight"].shape[0], state.get("layer1.0.conv2.weight")
-    groups = conv2.shape[0] // conv2.shape[1] if conv2 is not None else 1
-    for arch, (block, counts, planes, arch_groups, _) in ARCHS.items():
-        if (
-            (counts, planes) == (blocks, width)
-            and (block.expansion == 4) == bottleneck
-            and groups == arch_groups
-        ):
-            return arch
-    kind = "bottleneck" if bottleneck else "basic"
-    raise UserError(
-        f"{spec}: its body (blocks {blocks}, {kind}, width {width}, groups {groups}) is none of {', '.join(ARCHS)}; "
-        "an incomplete file, or a network this project does not know"
-    )
-
-
-def _load_strictly(trunk: Trunk, state: dict[str, Tensor], spec: str) -> None:
-    wanted = trunk.state_dict()
-    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
-    problems = []
-    for what, keys in (
-        ("missing", [k for k in wanted if k not in state and k not in optional]),
-        ("unexpected", [k for k in state if k not in wanted]),
-        ("misshapen", [k for k in state if k in wanted and state[k].shape != wanted[k].shape]),
-        ("not finite", [k for k in state if not torch.isfinite(state[k].float()).all()]),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{' …' if keys[3:] else ''})")
-    if problems:
-        raise UserError(
-            f"{spec}: not a whole body of a {trunk.arch}: {'; '.join(problems)}; give a complete checkpoint"
-        )
-    untouched = [
-        k
-        for k in state
-        if k.endswith("running_mean") and not state[k].any() and (state[k[:-4] + "var"] == 1).all()
-    ]
-    if len(untouched) == sum(k.endswith("running_mean") for k in state):
-        raise UserError(
-            f"{spec}: its batch-norm statistics were never trained; use scratch:{trunk.arch} for random weights"
-        )
-    trunk.load_state_dict({**{k: wanted[k] for k in optional}, **state})
-
-
-def _scratch(arch: str, spec: str, name: str | None, seed: int) -> Backbone:
+def _scratch(arch: str, spec: str, name: str | None, seed: int, mean, std, stride_in_1x1, bgr) -> Backbone:
     if arch not in ARCHS:
         raise UserError(f"{spec}: no architecture {arch!r}; choose one of {', '.join(ARCHS)}")
+    if bgr:
+        raise UserError(f"{spec}: random weights know no channel order; drop --bgr")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = Trunk(arch)
+        trunk = _trunk(arch, stride_in_1x1, spec)
+    mean, std, said = _normalisation({}, mean, std)
     return Backbone(
         trunk=trunk,
         arch=arch,
         name=name or "scratch",
         group=name or "scratch",
         method="scratch",
-        fingerprint=digest("scratch", arch),
+        fingerprint=_fingerprint(digest("scratch", arch), mean, std, stride_in_1x1),
         source=spec,
+        mean=mean,
+        std=std,
         scratch=True,
-        report=["random weights: nothing is frozen and batch norm trains"],
+        stride_in_1x1=stride_in_1x1,
+        report=["random weights: nothing is frozen and batch norm trains", *said],
     )

@@ -1,6 +1,7 @@
 """What every transfer task does before it trains: arguments, data, backbone and run folder, checked in this order."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 
 import torch
 
+from common.adoption import LARGEST, adoption_report
 from common.backbone import Backbone, load_backbone
 from common.cell import Run, open_run
 from common.engine import is_main, pick_device
+from common.errors import UserError
+from common.files import write_json
 from common.recipe import Recipe, label, parser
 
 
@@ -35,6 +39,7 @@ def transfer_parser(doc: str, recipes: Mapping[str, Recipe], data_help: str) -> 
         "torchvision:NAME, timm:NAME, or scratch:ARCH for random weights",
     )
     made.add_argument("--arch", help="architecture of `--backbone scratch`; a file says its own")
+    reading_arguments(made)
     made.add_argument(
         "--name", help="the backbone's name in results (default: the file's method, or its name)"
     )
@@ -44,17 +49,62 @@ def transfer_parser(doc: str, recipes: Mapping[str, Recipe], data_help: str) -> 
     return made
 
 
+def reading_arguments(made: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a checkpoint's weights read their input; see `reading`."""
+    made.add_argument(
+        "--input-mean",
+        metavar="R,G,B",
+        help="mean that the weights want taken off RGB/255 (default: as the file says, else ImageNet's)",
+    )
+    made.add_argument(
+        "--input-std", metavar="R,G,B", help="deviation to divide by then (1/255 each for 0 to 255)"
+    )
+    made.add_argument(
+        "--bgr", action="store_true", help="the weights were trained on BGR images (Caffe, OpenCV)"
+    )
+    made.add_argument(
+        "--stride-in-1x1",
+        action="store_true",
+        help="bottlenecks stride in the 1×1 convolution (Caffe's and jwyang's ResNets), not in the 3×3",
+    )
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `load_backbone` and `load_classifier` that `reading_arguments` read."""
+    return {
+        "mean": _three(args.input_mean, "--input-mean"),
+        "std": _three(args.input_std, "--input-std"),
+        "bgr": args.bgr,
+        "stride_in_1x1": args.stride_in_1x1,
+    }
+
+
+def _three(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(math.isfinite(v) and (option == "--input-mean" or v > 0) for v in values):
+        raise UserError(
+            f"{option} {text}: three numbers are needed, in shares of 255, e.g. 0.485,0.456,0.406"
+        )
+    return values
+
+
 def open_transfer(
     args: argparse.Namespace, *, task: str, model: str, recipe: Recipe, settings: list[str], reader: Callable
 ) -> Transfer:
     """Read and check the data with `reader` (an `open_*` of common.data), load the backbone, open the run folder.
 
     `settings` are the `field=value` texts that name the recipe in result paths. What the data's rules did is noted in
-    the run. Raises UserError for whatever is wrong, before anything is written.
+    the run, and so is a warning of the adoption report (`adoption.json`). Raises UserError for whatever is wrong,
+    before anything is written.
     """
     device = pick_device(args.device)
     train_set, test_set = reader(data_or_world(args), args.limit or None, args.skip_bad)
-    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed)
+    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed, **reading(args))
     run = open_run(
         args.out,
         task=task,
@@ -73,7 +123,20 @@ def open_transfer(
     run.note_data(train_set.report, test_set.report)
     if run.finished and is_main():
         print(f"finished already: {run.folder}")
+    elif is_main() and not backbone.scratch:
+        _check_adoption(run, backbone, train_set, device)
     return Transfer(run, backbone, train_set, test_set, device)
+
+
+def _check_adoption(run: Run, backbone: Backbone, train_set: Any, device: torch.device) -> None:
+    report = adoption_report(backbone, train_set, device, getattr(run.recipe, "size", LARGEST))
+    write_json(run.folder / "adoption.json", report)
+    backbone.report.extend(report["verdict"])  # goes into cell.json with it
+    for line in report["verdict"]:
+        print(f"backbone: {line}")
+    for line in report["warnings"]:
+        run.note(f"backbone: {line}")
+        print(f"warning: {line}")
 
 
 def data_or_world(args: argparse.Namespace) -> str:

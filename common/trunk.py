@@ -28,9 +28,11 @@ class Trunk(nn.Module):
     """A ResNet body without its classifier.
 
     `channels[stage]` is the number of a stage's output channels, `strides[stage]` its total stride in input pixels.
+    With `stride_in_1x1` a bottleneck strides its first 1×1 convolution, as Caffe's ResNets do, not its 3×3; the
+    state dict is the same.
     """
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: str, stride_in_1x1: bool = False) -> None:
         super().__init__()
         block, blocks, planes, groups, base_width = ARCHS[arch]
         self.arch = arch
@@ -49,6 +51,8 @@ class Trunk(nn.Module):
             self.strides[stage] = self.strides[STAGES[number]] * stride
         self._frozen: set[str] = set()
         self._bn_frozen = False
+        if stride_in_1x1:
+            self.swap_strides()
         for module in self.modules():  # as torchvision initialises
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -87,6 +91,18 @@ class Trunk(nn.Module):
         for later in STAGES[STAGES.index(stage) + 1 :]:
             setattr(self, later, nn.Identity())
             del self.channels[later], self.strides[later]
+
+    @property
+    def has_1x1(self) -> bool:
+        """Whether its blocks are bottlenecks, whose stride may stand in the 1×1 or in the 3×3 convolution."""
+        return ARCHS[self.arch][0] is Bottleneck
+
+    def swap_strides(self) -> None:
+        """Move every bottleneck's stride from its 3×3 to its first 1×1 convolution, or back."""
+        for stage in STAGES[1:]:
+            block = getattr(self, stage)[0]
+            if isinstance(block, Bottleneck):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
     def unstride(self, stage: str, dilate: bool = False) -> None:
         """Give a stage stride 1, its weights unchanged.
