@@ -1,25 +1,23 @@
 """The training loop: exact resume after any death, streams that depend on nothing but their key, guards."""
 
+import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from common.engine import train
+from common.classify import ClassifyRecipe, make_step
+from common.engine import loop, read_log, train
 from common.engine.loader import MicroBatches, Positions, make_loader
 from common.engine.loop import make_optimizer, make_schedulers
-from common.engine.streams import SAMPLE, Order, stream
+from common.engine.streams import SAMPLE, Order, Streams, stream
 from common.errors import UserError
 from common.recipe import Recipe, override
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Points:
@@ -71,6 +69,17 @@ def run(folder, step=step, recipe=RECIPE, key="k", seed=1, **kw):
     return model.state_dict()
 
 
+def evaluate(model):
+    """A metric that rises and falls, and draws that must not be missed."""
+    assert not model.training
+    torch.rand(3), np.random.rand()  # noqa: NPY002
+    weight = model[0].weight.double().sum().item()
+    return {"score": np.sin(40 * weight), "weight": weight}
+
+
+EVALUATED = {"evaluate": evaluate, "every": 7, "best": "score"}
+
+
 def equal(one, two):
     return all(torch.equal(one[k], two[k]) for k in one)
 
@@ -119,6 +128,14 @@ def test_another_key_is_refused(tmp_path):
     run(tmp_path / "a")
     with pytest.raises(UserError, match=r"weights\.pt: belongs to another run"):
         run(tmp_path / "a", key="other")
+
+
+@pytest.mark.parametrize("name", ["resume", "best"])
+def test_states_of_another_run_are_refused(tmp_path, name):
+    with pytest.raises(Stop):
+        run(tmp_path / "a", dying(30), **EVALUATED)
+    with pytest.raises(UserError, match=rf"{name}\.pt: belongs to another run.*--restart"):
+        run(tmp_path / "a", key="other", **(EVALUATED if name == "best" else {}))
 
 
 def test_a_damaged_state_is_one_line(tmp_path):
@@ -175,6 +192,16 @@ def test_streams_are_distinct_over_epochs_and_samples():
     assert len(draws) == 1000
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**70 + 5])
+def test_streams_of_a_batch_are_those_of_its_samples(seed):
+    draws = [(index % 3, 104_729 * index) for index in range(20)]
+    for few in (draws, draws[:3]):
+        together = Streams(seed, few)
+        for one, key in zip(together, few, strict=True):
+            assert one.bit_generator.state == stream(SAMPLE, seed, *key).bit_generator.state
+    assert Streams(seed, draws)[-1].random() == stream(SAMPLE, seed, *draws[-1]).random()
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_batches_do_not_depend_on_workers(workers):
     batches = MicroBatches(Points(), 8, 4, seed=5)
@@ -228,36 +255,224 @@ def test_recipe_settings_are_checked():
             override(RECIPE, [setting])
 
 
-PROCESS = """
-import sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
-from test_engine import RECIPE, Points, network, step
-from common.engine import pick_device, train, is_main
-device = pick_device("cpu")
-model = network()[0:1]
-train(model, step, Points(), RECIPE, folder=Path(sys.argv[1]), key="k", seed=1, device=device)
-"""
-
-
-def test_two_processes_equal_one_that_accumulates_twice(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(PROCESS.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    weights = []
-    for name, command in {
-        "one": [sys.executable],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    }.items():
-        (tmp_path / name).mkdir()
-        subprocess.run(
-            [*command, str(script), str(tmp_path / name)], check=True, capture_output=True, timeout=120
-        )
-        weights.append(torch.load(tmp_path / name / "weights.pt", weights_only=True)["model"])
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
-
-
 def test_uneven_processes_are_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("common.engine.loop.world", lambda: 3)
     with pytest.raises(UserError, match="3 processes cannot share 2 micro-batches"):
         run(tmp_path / "a")
+
+
+def test_engine_equals_a_plain_loop(tmp_path):
+    recipe = override(RECIPE, ["schedule=constant", "clip_grad=0.5", "log_every=10"])
+    found = run(tmp_path / "a", recipe=recipe)
+    model, data, order, losses = network().train(), Points(), Order(50, 1), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=1e-4, fused=True)
+    for iteration in range(30):
+        for micro in range(2):
+            draws = order.at(iteration * 8 + micro * 4, 4)
+            batch = data.batch([i for _, i in draws], [stream(SAMPLE, 1, *draw) for draw in draws])
+            sequence = np.random.SeedSequence((2, 1, iteration, micro))
+            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+            loss = step(model, batch, np.random.default_rng(sequence))["loss"]
+            (loss / 2).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert equal(found, model.state_dict())
+    logged = [line["loss"] for line in read_log(tmp_path / "a")]
+    assert logged == pytest.approx(np.reshape(losses, (3, 20)).mean(1), rel=1e-6)
+
+
+def test_evaluation_changes_nothing_and_keeps_the_best(tmp_path):
+    plain = run(tmp_path / "plain")
+    assert equal(plain, run(tmp_path / "a", **EVALUATED))
+    curve = {line["iteration"]: line["eval"]["score"] for line in read_log(tmp_path / "a") if "eval" in line}
+    assert list(curve) == [7, 14, 21, 28, 30]
+    best = torch.load(tmp_path / "a" / "best.pt", weights_only=True)
+    assert best["iteration"] == max(curve, key=curve.get) and best["value"] == max(curve.values())
+    model = network().eval()
+    model.load_state_dict(best["model"])
+    assert evaluate(model) == best["metrics"]
+    assert next(line for line in read_log(tmp_path / "a") if "loss" in line).keys() == {
+        *("iteration", "epoch", "lr", "loss", "seconds")
+    }
+
+
+@pytest.mark.parametrize("at", [13, 27, 41, 59])
+def test_killed_runs_have_the_same_best_and_the_same_curve(tmp_path, at):
+    run(tmp_path / "whole", **EVALUATED)
+    recipe = override(RECIPE, ["save_every=1e9" if at == 41 else "save_every=0"])
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", dying(at), recipe, **EVALUATED)
+    run(tmp_path / "cut", **EVALUATED)
+    curves = [[line for line in read_log(tmp_path / n) if "eval" in line] for n in ("whole", "cut")]
+    assert curves[0] == curves[1]
+    one, two = (torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("whole", "cut"))
+    assert equal(one.pop("model"), two.pop("model")) and one == two
+
+
+def test_only_the_end_is_evaluated_when_no_interval_is_given(tmp_path):
+    run(tmp_path / "a", evaluate=evaluate)
+    assert [line["iteration"] for line in read_log(tmp_path / "a") if "eval" in line] == [30]
+    assert not (tmp_path / "a" / "best.pt").exists()
+    with pytest.raises(UserError, match="best=top-1: not measured; choose one of score, weight"):
+        run(tmp_path / "b", evaluate=evaluate, best="top-1")
+
+
+def test_modules_frozen_by_their_own_train_stay_frozen_after_an_evaluation(tmp_path):
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    model, seen = nn.Sequential(nn.Linear(6, 8), Frozen(8), nn.Linear(8, 1)), set()
+
+    def watched(model, batch, rng):
+        seen.add((model.training, model[1].training))
+        return step(model, batch, rng)
+
+    device = torch.device("cpu")
+    train(*(model, watched, Points(), RECIPE), folder=tmp_path, key="k", seed=1, device=device, **EVALUATED)
+    assert seen == {(True, False)} and not model[1].running_mean.any()
+
+
+def test_a_step_is_given_what_the_data_adds_on_the_device_and_the_progress(tmp_path):
+    class Resident(Points):
+        def on_device(self, batch, device):
+            return {**batch, "x": batch["x"].to(device) + 1}
+
+    seen = []
+
+    def watched(model, batch, rng):
+        seen.append(batch["progress"])
+        assert batch["ids"] and torch.equal(batch["x"].sum(1) > batch["y"] + 4, torch.ones(4, dtype=bool))
+        return step(model, batch, rng)
+
+    device = torch.device("cpu")
+    train(network(), watched, Resident(), RECIPE, folder=tmp_path, key="k", seed=1, device=device)
+    assert seen == [iteration / 30 for iteration in range(30) for _ in range(2)]
+
+
+class Pictures:
+    """A classifier's data."""
+
+    def __len__(self):
+        return 16
+
+    def batch(self, indices, rngs):
+        generator = torch.Generator().manual_seed(indices[0])
+        images = torch.randint(256, (len(indices), 32, 32, 3), dtype=torch.uint8, generator=generator)
+        return {"images": images, "labels": torch.tensor(indices) % 4, "ids": indices}
+
+
+SYNCING = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__")
+
+
+def classify(folder, method, device="cpu", **settings):
+    recipe = ClassifyRecipe(
+        **{
+            "iterations": 12,
+            "batch": 8,
+            "micro_batch": 4,
+            "method": method,
+            "log_every": 4,
+            "save_every": 1e9,
+        },
+        **{"schedule": "one_cycle", "precision": "fp32", **settings},
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 4),
+    )
+    step = make_step(recipe, 4, (0.5,) * 3, (0.2,) * 3)
+    train(model, step, Pictures(), recipe, folder=folder, key="k", seed=0, device=torch.device(device))
+    return [line["loss"] for line in read_log(folder)]
+
+
+@contextmanager
+def in_plain_steps(monkeypatch, enter, leave):
+    """Call `enter` after the first log line, `leave` where the engine may wait for the device and at the end."""
+    fetch, finish = loop._Training._fetch, loop._Training.finish
+
+    def excused(self):
+        leave()
+        try:
+            return fetch(self)
+        finally:
+            enter()
+
+    def ended(self):
+        leave()
+        return finish(self)
+
+    monkeypatch.setattr(loop._Training, "_fetch", excused)
+    monkeypatch.setattr(loop._Training, "finish", ended)
+    yield
+    leave()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", ["baseline", "mixup", "cutout", "cutmix"])
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch, method, optimizer):
+    """Counted: whatever moves a tensor's value to the host, in every step, logging apart."""
+    calls, counting = [], [False]
+
+    def counted(name, original):
+        def call(self, *args, **kwargs):
+            if counting[0]:
+                calls.append(name)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    for name in SYNCING:
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    switch = [lambda: counting.__setitem__(0, True), lambda: counting.__setitem__(0, False)]
+    with in_plain_steps(monkeypatch, *switch):
+        assert len(classify(tmp_path, method, optimizer=optimizer, clip_grad=1.0)) == 3
+        assert calls == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", ["baseline", "mixup", "cutout", "cutmix"])
+def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch, method, precision):
+    def mode(name):
+        return lambda: torch.cuda.set_sync_debug_mode(name)
+
+    with in_plain_steps(monkeypatch, mode("error"), mode("default")):
+        assert len(classify(tmp_path, method, "cuda", precision=precision, clip_grad=1.0)) == 3
+
+
+def test_bf16_is_close_to_fp32(tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        (tmp_path / precision).mkdir()
+        losses[precision] = classify(tmp_path / precision, "cutmix", precision=precision)
+    assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    with pytest.raises(UserError, match="precision=fp16 needs a GPU"):
+        classify(tmp_path, "cutmix", precision="fp16")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    whole, saves = run(tmp_path / "whole"), []
+
+    def full(state, file):
+        saves.append(0)
+        if len(saves) == 9:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(state, file)
+
+    original = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"resume\.pt: no space left on its disk"):
+        run(tmp_path / "a")
+    monkeypatch.setattr(torch, "save", original)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["log.jsonl", "resume.pt"]
+    assert torch.load(tmp_path / "a" / "resume.pt", weights_only=True)["iteration"] == 8
+    assert equal(whole, run(tmp_path / "a"))
