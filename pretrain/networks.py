@@ -159,6 +159,10 @@ def load_network(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     absent = [key for key in ("arch", "num_classes", "state_dict") if key not in content]
     if absent:
         raise UserError(f"{path}: has no '{absent[0]}'; pretrain/run.py writes whole files")
+    if facts["arch"] not in ALL_ARCHS:
+        raise UserError(
+            f"{path}: its network {facts['arch']} is none of {', '.join(ALL_ARCHS)}: update backbench"
+        )
     network = build(facts["arch"], facts["num_classes"])
     state = content["state_dict"]
     if isinstance(network, Classifier):

@@ -131,6 +131,9 @@ def test_bad_files_and_names_give_one_line(tmp_path):
     save_backbone(tmp_path / "other.pt", network, arch="pyramidnet110", num_classes=5)
     with pytest.raises(UserError, match="not a pyramidnet110 of 5 classes"):
         load_network(tmp_path / "other.pt")
+    save_backbone(tmp_path / "later.pt", network, arch="resnet1001", num_classes=5)
+    with pytest.raises(UserError, match=r"later\.pt: its network resnet1001 is none of"):
+        load_network(tmp_path / "later.pt")
     save_backbone(tmp_path / "bare.pt", network, arch="resnet110")
     with pytest.raises(UserError, match="has no 'num_classes'"):
         load_network(tmp_path / "bare.pt")
