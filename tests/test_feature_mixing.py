@@ -269,3 +269,20 @@ def test_no_step_looks_at_a_tensors_value(network, method, per_sample):
         assert reads.count == 0
         torch.ones(()).item()
         assert reads.count == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_in_bf16_mix_by_the_labels_lambda(network, method):
+    network.train()
+    step = make_step(recipe(method, channels_last=True), 4, MEAN, STD)
+    for seed in range(3):
+        exact = step(network, batch(), np.random.default_rng(seed))
+        with torch.autocast("cpu", torch.bfloat16):
+            values = step(network, batch(), np.random.default_rng(seed))
+        assert values["loss"].dtype == torch.float32
+        torch.testing.assert_close(values["loss"], exact["loss"], rtol=0.1, atol=0.05)
+    features = torch.randn(3, 4, 5, 5).bfloat16().to(memory_format=torch.channels_last)
+    for draw in (pairing("layer1", 3, True, box) for box in (False, True)):
+        mixed = draw.apply(features)[0]
+        assert mixed.dtype == torch.bfloat16 and mixed.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(mixed, draw.apply(features.double())[0].bfloat16())

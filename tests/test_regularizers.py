@@ -1,5 +1,8 @@
 """Stochastic depth, DropBlock and ShakeDrop against torchvision and plain formulas, and their hooks."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import drop_block2d, stochastic_depth
 
 from common.classify import ClassifyRecipe, make_step
+from common.engine import REQUEUE, train
 from common.errors import UserError
 from common.trunk import Classifier, Trunk
 from pretrain.networks import CifarResNet, PyramidNet
@@ -29,20 +33,23 @@ def recipe(method, **fields):
     return RegularizedRecipe(method=method, epochs=1, batch=4, size=32, resize=32, **fields)
 
 
-def networks():
+NETWORKS = {  # how it is made, blocks, last batch norm of a branch
+    "resnet18_half": (lambda: Classifier(Trunk("resnet18_half"), 4), 8, "bn2"),
+    "resnet50": (lambda: Classifier(Trunk("resnet50"), 4), 16, "bn3"),
+    "resnet20": (lambda: CifarResNet("resnet20", 20, 4), 6, "bn3"),
+    "pyramid20": (lambda: PyramidNet("pyramid20", 20, 12, 4), 6, "bn4"),
+}
+
+
+def made(name):
     torch.manual_seed(0)
-    return {
-        "resnet18_half": (Classifier(Trunk("resnet18_half"), 4), 8, "bn2"),
-        "resnet50": (Classifier(Trunk("resnet50"), 4), 16, "bn3"),
-        "resnet20": (CifarResNet("resnet20", 20, 4), 6, "bn3"),
-        "pyramid20": (PyramidNet("pyramid20", 20, 12, 4), 6, "bn4"),
-    }
+    return NETWORKS[name][0]()
 
 
-@pytest.mark.parametrize("name", ["resnet18_half", "resnet50", "resnet20", "pyramid20"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_branch_is_found(name):
-    model, count, last = networks()[name]
-    found = residual_blocks(model)
+    _, count, last = NETWORKS[name]
+    found = residual_blocks(made(name))
     assert len(found) == count
     assert all(norm is getattr(block, last) for _, block, norm in found)
     assert [stage for stage, _, _ in found] == sorted(stage for stage, _, _ in found)
@@ -161,7 +168,7 @@ def test_hooks_equal_blocks_written_out(block_type):
 @pytest.mark.parametrize("name", ["resnet18_half", "resnet20", "pyramid20"])
 @pytest.mark.parametrize("method", ["stochdepth", "dropblock", "shakedrop", "cutmix+stochdepth+dropblock"])
 def test_training_only_repeatable_and_trainable(name, method):
-    model, images = networks()[name][0], torch.randn(4, 3, 32, 32)
+    model, images = made(name), torch.randn(4, 3, 32, 32)
     model.eval()
     before = model(images)
     install(model, recipe(method))
@@ -180,7 +187,7 @@ def test_training_only_repeatable_and_trainable(name, method):
 
 @pytest.mark.parametrize("name", ["resnet18_half", "resnet20", "pyramid20"])
 def test_folded_weights_compute_what_the_hooks_did(name):
-    fields, model, images = recipe("shakedrop"), networks()[name][0], torch.randn(4, 3, 32, 32)
+    fields, model, images = recipe("shakedrop"), made(name), torch.randn(4, 3, 32, 32)
     for module in model.modules():  # not 1 and 0
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.1)
@@ -196,7 +203,7 @@ def test_folded_weights_compute_what_the_hooks_did(name):
 
 
 def test_scheduled_dropblock_follows_the_training():
-    model, fields = networks()["resnet20"][0], recipe("dropblock+label_smoothing", dropblock_keep=0.5)
+    model, fields = made("resnet20"), recipe("dropblock+label_smoothing", dropblock_keep=0.5)
     hooks = install(model, fields)
     step = hooks.wrap(make_step(fields, 4, (0.5,) * 3, (0.2,) * 3))
     zeros = []
@@ -212,7 +219,7 @@ def test_scheduled_dropblock_follows_the_training():
     assert zeros[0] < zeros[1] < zeros[2]
     with pytest.raises(ValueError, match="progress"):
         step(model, batch, np.random.default_rng(0))
-    constant = install(networks()["resnet20"][0], recipe("dropblock", dropblock_schedule="constant"))
+    constant = install(made("resnet20"), recipe("dropblock", dropblock_schedule="constant"))
     assert constant.wrap(step) is step
 
 
@@ -239,7 +246,7 @@ def test_hooks_in_a_compiled_network():
 
 
 def test_other_methods_install_nothing():
-    model = networks()["resnet20"][0]
+    model = made("resnet20")
     for method in ("baseline", "cutout+mixup", "feature_cutmix+label_smoothing"):
         install(model, recipe(method))
     assert not any(module._forward_hooks for module in model.modules())
@@ -266,3 +273,48 @@ def test_only_pretraining_takes_them():
     recipe("dropblock+label_smoothing").check()
     with pytest.raises(UserError, match="shakedrop is for pretraining only"):
         ClassifyRecipe(method="cutmix+shakedrop", epochs=1).check()
+
+
+class Images:
+    """Eight images, as `train` reads them."""
+
+    workers = 0
+
+    def __len__(self):
+        return 8
+
+    def batch(self, indices, rngs):
+        images = [rng.integers(0, 256, (32, 32, 3)).astype(np.uint8) for rng in rngs]
+        return {
+            "images": torch.from_numpy(np.stack(images)),
+            "labels": torch.tensor(indices) % 4,
+            "ids": [str(i) for i in indices],
+        }
+
+
+@pytest.mark.parametrize(
+    "method", ["cutmix+shakedrop", "feature_cutmix+stochdepth+dropblock+label_smoothing"]
+)
+def test_killed_and_resumed_is_the_same_to_the_bit(method, tmp_path):
+    fields = RegularizedRecipe(method=method, iterations=5, batch=4, size=32, resize=32, precision="fp32")
+
+    def run(folder, kill_at=None):
+        model = made("resnet20")
+        step, done = install(model, fields).wrap(make_step(fields, 4, (0.5,) * 3, (0.2,) * 3)), []
+
+        def counted(*args):
+            done.append(1)
+            if len(done) == kill_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args)
+
+        folder.mkdir(exist_ok=True)
+        train(model, counted, Images(), fields, folder=folder, key="k", seed=3, device=torch.device("cpu"))
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "killed", kill_at=2)
+    assert stopped.value.code == REQUEUE
+    resumed = run(tmp_path / "killed")
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
