@@ -1,0 +1,164 @@
+"""The adoption report on networks whose truth is known: their batch norm was calibrated under one reading."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.adoption import READINGS, adoption_report, adoption_text, bn_distances, measure
+from common.backbone import Backbone, body_fingerprint, load_backbone, save_backbone
+from common.data import open_classification
+from common.data.types import CaptionSet
+from common.trunk import Classifier, Trunk, normalise
+
+CPU = torch.device("cpu")
+SIZE = 48
+
+
+def photos(count: int, seed: int) -> np.ndarray:
+    """Smooth coloured noise, brighter in red than in blue, as photos are: uint8 (n, SIZE, SIZE, 3)."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.normal(0, 1, (count, 7, 7, 3)) + rng.normal(0, 1, (count, 7, 7, 1))
+    smooth = np.stack([cv2.resize(c, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) for c in coarse])
+    fine = rng.normal(0, 0.3, (count, SIZE, SIZE, 3))
+    return np.clip((smooth + fine) * [55, 48, 40] + [135, 115, 90], 0, 255).astype(np.uint8)
+
+
+def calibrated(arch: str, reading=READINGS[0], stride_in_1x1: bool = False) -> Trunk:
+    """Random weights whose stored statistics are those of 96 images under `reading`."""
+    torch.manual_seed(0)
+    trunk = Trunk(arch, stride_in_1x1)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain average
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    with torch.no_grad():
+        for batch in torch.from_numpy(photos(96, 1)).split(32):
+            x = normalise(batch, reading.mean, reading.std)
+            trunk.train()(x.flip(1) if reading.bgr else x)
+    return trunk
+
+
+def backbone_of(trunk: Trunk, **options) -> Backbone:
+    known = {
+        "name": "x",
+        "group": "x",
+        "method": "x",
+        "source": "x.pt",
+        "fingerprint": body_fingerprint(trunk),
+    }
+    return Backbone(trunk, trunk.arch, **known, **options)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return photos(64, 2)
+
+
+@pytest.mark.parametrize("truth", READINGS, ids=lambda r: r.name)
+def test_finds_the_reading_of_the_input(truth, images):
+    trunk = calibrated("resnet18_half", truth)
+    report = measure(backbone_of(trunk), images, CPU)
+    nearest = min(report["inputs"], key=lambda c: c["distance"])
+    assert nearest["name"] == truth.name
+    if truth is READINGS[0]:
+        assert not report["warnings"] and report["verdict"][0].startswith(f"{truth.name} fits")
+    else:
+        (line,) = report["warnings"]
+        assert line.startswith(f"{truth.name} fits these weights better than {READINGS[0].name}")
+        assert line.endswith(f"try {truth.flags}")
+
+
+@pytest.mark.parametrize("truth", READINGS[1:], ids=lambda r: r.name)
+def test_the_advice_it_gives_is_the_one_it_then_accepts(truth, images, tmp_path):
+    """Save the weights, load them with the arguments that the warning names, and the report is content."""
+    from common.transfer import reading, transfer_parser
+    from wsol.recipes import RECIPES
+
+    save_backbone(tmp_path / "x.pt", Classifier(calibrated("resnet18_half", truth), 3), arch="resnet18_half")
+    arguments = ["--backbone", str(tmp_path / "x.pt"), *truth.flags.split()]
+    args = transfer_parser("", RECIPES, "").parse_args(arguments)
+    report = measure(load_backbone(args.backbone, **reading(args)), images, CPU)
+    assert report["inputs"][0]["name"] == truth.name
+    assert not report["warnings"] and report["verdict"][0].startswith(f"{truth.name} fits")
+
+
+@pytest.mark.parametrize("truth", ["3x3", "1x1"])
+def test_finds_the_convolution_that_strides(truth, images):
+    trunk = calibrated("resnet50", stride_in_1x1=truth == "1x1")
+    right = measure(backbone_of(trunk, stride_in_1x1=truth == "1x1"), images[:32], CPU)
+    assert right["strides"][0]["name"] == truth
+    assert not right["warnings"] and right["verdict"][1].startswith(f"stride in the {truth} fits")
+    trunk.swap_strides()
+    wrong = measure(backbone_of(trunk, stride_in_1x1=truth == "3x3"), images[:32], CPU)
+    other, flag = ("1x1", "no --stride-in-1x1") if truth == "3x3" else ("3x3", "--stride-in-1x1")
+    (line,) = wrong["warnings"]
+    assert line.startswith(f"stride in the {truth} fits these weights better than stride in the {other}")
+    assert line.endswith(f"try {flag}")
+
+
+def test_says_when_it_cannot_tell(images):
+    backbone = backbone_of(calibrated("resnet18_half"))
+    noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
+    few, strange = measure(backbone, images[:8], CPU), measure(backbone, noise // 8, CPU)
+    assert few["verdict"] == ["cannot tell how the weights read their input from 8 images"]
+    assert not few["warnings"]
+    assert not strange["warnings"] and "cannot tell" in strange["verdict"][0]
+    grey = np.repeat(images.mean(3, keepdims=True).astype(np.uint8), 3, 3)
+    alike = measure(backbone_of(calibrated("resnet18_half")), grey, CPU)
+    assert not alike["warnings"]
+
+
+def test_distances_equal_a_plain_computation(images):
+    trunk = calibrated("resnet18_half").eval()
+    x = normalise(torch.from_numpy(images), *[(0.4, 0.5, 0.6), (0.2, 0.3, 0.4)])
+    found = bn_distances(lambda batch: trunk.run(batch, stop="layer1"), trunk, x.split(24))
+    assert list(found) == ["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer1.1.bn1", "layer1.1.bn2"]
+    first = trunk.conv1(x).detach().double()
+    far = []
+    for channel in range(first.shape[1]):
+        values = first[:, channel].flatten()
+        mean, var = trunk.bn1.running_mean[channel].item(), trunk.bn1.running_var[channel].item()
+        ratio = ((values.var(correction=0) + 1e-5) / (var + 1e-5)).sqrt().log().abs()
+        far.append(min(3.0, ((values.mean() - mean).abs() / (var + 1e-5) ** 0.5 + ratio).item()))
+    assert found["bn1"] == pytest.approx(np.mean(far), rel=1e-5)
+
+
+def test_collapsed_features_are_reported(images):
+    trunk = calibrated("resnet18_half")
+    nn.init.zeros_(trunk.layer4[1].bn2.weight)
+    nn.init.ones_(trunk.layer4[1].bn2.bias)
+    nn.init.zeros_(trunk.layer4[0].bn2.weight)
+    nn.init.zeros_(trunk.layer4[0].downsample[1].weight)
+    report = measure(backbone_of(trunk), images, CPU)
+    assert report["stages"]["layer4"]["spread"] == 0 and report["stages"]["layer3"]["spread"] > 0.05
+    assert any("hardly differ between images" in line for line in report["warnings"])
+
+
+def test_leaves_the_backbone_and_the_random_state_alone(images):
+    trunk = calibrated("resnet50")
+    state = {k: v.clone() for k, v in trunk.state_dict().items()}
+    before = torch.random.get_rng_state()
+    measure(backbone_of(trunk), images[:16], CPU)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(v, state[k]) for k, v in trunk.state_dict().items())
+    assert trunk.training and trunk.layer2[0].conv2.stride == (2, 2)
+    assert not any(m._forward_pre_hooks for m in trunk.modules())
+
+
+def test_kept_for_the_same_weights_data_and_size(class_folders, monkeypatch):
+    train_set, _ = open_classification(f"folder:{class_folders}", None, False)
+    backbone = backbone_of(calibrated("resnet18_half"), input_size=32)
+    report = adoption_report(backbone, train_set, CPU, 224)
+    assert (report["images"], report["size"]) == (18, 32)
+    json.dumps(report)
+    captions = CaptionSet("c", train_set.ids, train_set.paths, [["a"]] * 18, fingerprint="captions")
+    assert adoption_report(backbone, captions, CPU, 224) == report  # the same images, another kind of set
+    monkeypatch.setattr(type(train_set), "read", None)
+    assert adoption_report(backbone, train_set, CPU, 224) == report  # kept: nothing is read
+    text = adoption_text(report)
+    assert READINGS[4].name in text and "spread of layer4" in text
