@@ -1,11 +1,13 @@
-"""Score detections of any origin against a VOC-layout data set.
+"""Score detections of any origin against a VOC-layout data set or COCO's instance format.
 
     python detection/evaluate.py --devkit VOCDEVKIT --year 2007 --split test --detections results/
     python detection/evaluate.py --devkit DIR --split test --detections predictions.json --json scores.json
+    python detection/evaluate.py --annotations instances_val2017.json --detections results.json
 
-DETECTIONS is COCO result JSON (category_id is 1 + the class's place in the list of classes, boxes are
-x, y, width, height), or a folder of VOC's text files, one a class: comp3_det_test_CLASS.txt with lines
-"image score xmin ymin xmax ymax" in 1-based pixels.
+DETECTIONS is COCO result JSON (boxes are x, y, width, height), or a folder of VOC's text files, one a class:
+comp3_det_test_CLASS.txt with lines "image score xmin ymin xmax ymax" in 1-based pixels. A category_id is that of
+the annotations; of a VOC-layout set, and with --category-ids order, it is 1 + the class's place in the list of
+classes, as in this project's predictions.json.
 """
 
 if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
@@ -16,18 +18,36 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from common.data.coco import read_instances
+from common.data.layout import Report, read_lines
 from common.data.spec import DataSpec
 from common.data.types import DetectionSet
 from common.data.voc import read_voc
 from common.errors import UserError, run_main
 from common.files import write_json
-from common.metrics.average_precision import PRESETS, Boxes
-from detection.report import IOU, per_class, scores, statistics, table_lines
+from common.metrics import coco
+from common.metrics.average_precision import PRESETS, Boxes, match
+from detection.curves import curves
+from detection.report import IOU, by_size, fraction, per_class, percent, scores, table_lines, truth_of
 from detection.results import image_index, read_results
+
+
+@dataclass
+class Annotations:
+    """What detections are compared with. `categories`: the classes' ids in result JSON, or None for 1, 2, …"""
+
+    ids: Sequence
+    classes: list[str]
+    truth: Boxes
+    categories: list[int] | None
+    report: list[str]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,60 +55,68 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     if not 0 < args.iou <= 1:
         raise UserError(f"--iou {args.iou}: a share above 0 and at most 1")
-    images = read_annotations(args.devkit, args.year, args.split, args.classes)
+    if args.annotations:
+        if args.year or args.classes:
+            raise UserError(f"--annotations {args.annotations}: --year and --classes are for --devkit")
+        known = read_annotations(args.annotations.expanduser())
+    else:
+        known = of_set(read_devkit(args.devkit, args.year, args.split, args.classes))
+    if args.category_ids == "order":
+        known.categories = None
     path = args.detections.expanduser()
     if path.is_dir():
-        found = read_voc_results(path, args.split, images)
+        found = read_voc_results(path, args.split, known.ids, known.classes)
+    elif path.suffix == ".txt":
+        raise UserError(f"{path}: VOC's text files are read by the folder: --detections {path.parent}")
     else:
-        found = read_results(path, images.ids, len(images.classes))
-    stats = statistics(found, images, args.iou, PRESETS[args.preset])
-    metrics, table = scores(stats), per_class(stats, images)
-    for line in images.report:
+        found = read_results(path, known.ids, len(known.classes), known.categories)
+    result = score(found, known, args.iou, args.preset, with_coco=args.coco or bool(args.annotations))
+    for line in known.report:
         print(f"data: {line}", file=sys.stderr)
-    print("\n".join(table_lines(table, metrics)))
-    print(
-        f"\n{len(images)} images, {len(found.image)} detections, IoU {args.iou:g}, convention {args.preset}"
-    )
+    print("\n".join(summary_lines(result)))
     if args.json:
-        write_json(
-            args.json,
-            {
-                "mAP_11point": metrics["mAP"],
-                "mAP_area": metrics["mAP_area"],
-                "AP_11point": {name: row["AP"] for name, row in table.items()},
-                "AP_area": {name: row["AP_area"] for name, row in table.items()},
-                "classes": table,
-                "iou": args.iou,
-                "preset": args.preset,
-                "images": len(images),
-                "detections": len(found.image),
-            },
-        )
+        write_json(args.json, result)
     return 0
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--devkit", required=True, help="a VOCdevkit, or one folder of that layout")
+    source = made.add_mutually_exclusive_group(required=True)
+    source.add_argument("--devkit", help="a VOCdevkit, or one folder of that layout")
+    source.add_argument(
+        "--annotations", type=Path, metavar="FILE", help="JSON in COCO's instance format; needs no images"
+    )
     made.add_argument("--year", help="of a VOCdevkit with several: 2007, 2012 or 2007+2012")
-    made.add_argument("--split", default="test", help="list of ImageSets/Main to score (default: test)")
+    made.add_argument(
+        "--split",
+        default="test",
+        help="list of ImageSets/Main, or part of the text files' names (default: test)",
+    )
     made.add_argument(
         "--classes", help="classes in their order, joined by + (default: as training finds them)"
     )
     made.add_argument("--detections", required=True, type=Path, help="a COCO result JSON or a folder")
+    made.add_argument(
+        "--category-ids",
+        default="file",
+        choices=["file", "order"],
+        help="what category_id counts: the annotations' ids, or 1 + the class's place (default: file)",
+    )
     made.add_argument("--iou", type=float, default=IOU, help=f"IoU of a match (default: {IOU})")
     made.add_argument(
         "--preset",
         default="voc-devkit",
         choices=list(PRESETS),
-        help="whose conventions (default: voc-devkit)",
+        help="whose conventions (default: voc-devkit); detectron2 also gives its AP, AP50 and AP75: the mean mAP, "
+        "by 11 points, over IoU .5 to .95, and at .5 and .75",
     )
+    made.add_argument("--coco", action="store_true", help="COCO's AP too; with --annotations it always is")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the scores as fractions")
     return made
 
 
-def read_annotations(devkit: str, year: str | None, split: str, classes: str | None = None) -> DetectionSet:
+def read_devkit(devkit: str, year: str | None, split: str, classes: str | None = None) -> DetectionSet:
     """The images of one split. The classes are those that training finds: of trainval, if it is there, and this."""
     options = {key: value for key, value in (("year", year), ("classes", classes)) if value}
     for train in ("trainval", split):
@@ -101,15 +129,75 @@ def read_annotations(devkit: str, year: str | None, split: str, classes: str | N
     raise AssertionError("unreachable")
 
 
-def read_voc_results(folder: Path, split: str, images: DetectionSet) -> Boxes:
+def of_set(images: DetectionSet) -> Annotations:
+    """The annotations of a set as a cell has it."""
+    return Annotations(images.ids, images.classes, truth_of(images), None, images.report)
+
+
+def read_annotations(file: Path) -> Annotations:
+    """COCO's instance format, boxes as they stand there; crowd regions count neither way."""
+    report = Report()
+    read = read_instances(file, report)
+    place = {category: c for c, category in enumerate(read.categories)}
+    label = np.array([place[category] for category in read.category.tolist()], np.int64)
+    box = np.hstack([read.box[:, :2], read.box[:, :2] + read.box[:, 2:]])
+    truth = Boxes(read.image, label, box, difficult=read.crowd, area=read.area)
+    return Annotations(read.ids, list(read.categories.values()), truth, list(read.categories), report.lines())
+
+
+def score(found: Boxes, known: Annotations, iou: float, preset: str, with_coco: bool) -> dict[str, Any]:
+    """All scores as fractions: `mAP_11point`, `mAP_area`, per class, and COCO's and detectron2's where asked."""
+    shape = (known.truth, len(known.ids), len(known.classes))
+    stats = match(found, *shape, iou, PRESETS[preset])
+    coco_stats = coco.match(found, *shape) if with_coco else None
+    metrics, table = scores(stats), per_class(stats, known.truth, known.classes, coco_stats)
+    result: dict[str, Any] = {
+        "mAP_11point": metrics["mAP"],
+        "mAP_area": metrics["mAP_area"],
+        "AP_11point": {name: row["AP"] for name, row in table.items()},
+        "AP_area": {name: row["AP_area"] for name, row in table.items()},
+        "classes": table,
+        "curves": curves(stats, known.classes),
+        "iou": iou,
+        "preset": preset,
+        "images": len(known.ids),
+        "detections": len(found.image),
+    }
+    if coco_stats is not None:
+        sizes = by_size(coco_stats)
+        result["COCO"] = {name: fraction(value[0]) for name, value in coco.rescore(coco_stats).items()}
+        result["COCO"] |= {name: row["AP"] for name, row in sizes.items()}
+        result["sizes"] = sizes
+    if preset == "detectron2":
+        means = [scores(match(found, *shape, t, PRESETS[preset]))["mAP"] for t in coco.THRESHOLDS]
+        mean = None if None in means else sum(means) / len(means)
+        result["detectron2"] = {"AP": mean, "AP50": means[0], "AP75": means[5]}
+    return result
+
+
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """The table of classes, and the totals below it."""
+    metrics = {"mAP": result["mAP_11point"], "mAP_area": result["mAP_area"], **result.get("COCO", {})}
+    lines = [*table_lines(result["classes"], metrics), ""]
+    lines.append(
+        f"{result['images']} images, {result['detections']} detections, IoU {result['iou']:g}, "
+        f"convention {result['preset']}"
+    )
+    for name in ("COCO", "detectron2"):
+        if name in result:
+            lines.append(f"{name}: {', '.join(f'{k} {percent(v)}' for k, v in result[name].items())}")
+    return lines
+
+
+def read_voc_results(folder: Path, split: str, ids: Sequence, classes: Sequence[str]) -> Boxes:
     """Read `comp3_det_SPLIT_CLASS.txt` (any comp number) of every class; corners become half-open, from 0.
 
     A class without a file has no detections, said on stderr. Raises UserError when no class has one, when a
     class has two, and for a line that cannot be read or names an unknown image.
     """
-    index, rows, labels, missing = image_index(images.ids), [], [], []
-    for c, name in enumerate(images.classes):
-        files = sorted(folder.glob(f"*_det_{split}_{name}.txt"))
+    index, rows, labels, missing = image_index(ids), [], [], []
+    for c, name in enumerate(classes):
+        files = sorted(path for path in folder.iterdir() if path.name.endswith(f"_det_{split}_{name}.txt"))
         if len(files) > 1:
             raise UserError(
                 f"{folder}: {files[0].name} and {files[1].name} are both of class {name}; leave one"
@@ -117,14 +205,12 @@ def read_voc_results(folder: Path, split: str, images: DetectionSet) -> Boxes:
         if not files:
             missing.append(name)
             continue
-        for number, line in enumerate(files[0].read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
+        for number, line in enumerate(read_lines(files[0]), 1):
+            if line:
                 rows.append(_row(line, index, f"{files[0]} line {number}"))
                 labels.append(c)
-    if len(missing) == len(images.classes):
-        raise UserError(
-            f"{folder}: no file comp3_det_{split}_CLASS.txt of a class of {', '.join(images.classes)}"
-        )
+    if len(missing) == len(classes):
+        raise UserError(f"{folder}: no file comp3_det_{split}_CLASS.txt of a class of {', '.join(classes)}")
     if missing:
         print(f"no file, so no detections, of {', '.join(missing)}", file=sys.stderr)
     values = np.array(rows, np.float64).reshape(-1, 6)

@@ -27,11 +27,12 @@ def write_results(path: Path, found: Boxes, ids: Sequence) -> None:
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
-def read_results(path: Path, ids: Sequence, classes: int) -> Boxes:
+def read_results(path: Path, ids: Sequence, classes: int, categories: Sequence[int] | None = None) -> Boxes:
     """Read COCO result JSON, in its order. Boxes become x0, y0, x1, y1.
 
-    An `image_id` may also be the number that the id's digits spell. Raises UserError naming the entry for an
-    unknown image or category, a box of other than four finite numbers, a negative size, or a missing key.
+    `categories` are the classes' category ids, 1 to `classes` where they are not given. An `image_id` may also be
+    the number that the id's digits spell. Raises UserError naming the entry for an unknown image or category, a box of
+    other than four finite numbers, a negative size, or a missing key.
     """
     entries = read_json(path)
     if not isinstance(entries, list):
@@ -41,10 +42,12 @@ def read_results(path: Path, ids: Sequence, classes: int) -> Boxes:
     index = image_index(ids)
     image, label = np.empty(len(entries), np.int64), np.empty(len(entries), np.int64)
     box, score = np.empty((len(entries), 4)), np.empty(len(entries))
+    known = range(1, classes + 1) if categories is None else categories
+    label_of = {category: c for c, category in enumerate(known)}
     for k, entry in enumerate(entries):
         try:
             image[k] = index[entry["image_id"]]
-            label[k] = entry["category_id"] - 1
+            label[k] = label_of.get(entry["category_id"], -1)
             box[k], score[k] = entry["bbox"], entry["score"]
         except (KeyError, TypeError, ValueError) as error:
             what = f"image or key {error}" if isinstance(error, KeyError) else str(error)
@@ -53,11 +56,14 @@ def read_results(path: Path, ids: Sequence, classes: int) -> Boxes:
                 '{"image_id", "category_id", "bbox": [x, y, width, height], "score"} of an image of this set'
             ) from None
     bad = ~np.isfinite(np.column_stack([box, score])).all(1) | (box[:, 2:] < 0).any(1)
-    bad |= (label < 0) | (label >= classes)
+    bad |= label < 0
     if bad.any():
         k = int(bad.argmax())
+        named = (
+            f"1 to {classes}" if categories is None else f"one of {', '.join(map(str, categories[:12]))} …"
+        )
         raise UserError(
-            f"{path}: detection {k + 1}: {entries[k]}; category_id is 1 to {classes}, numbers are finite, "
+            f"{path}: detection {k + 1}: {entries[k]}; category_id is {named}, numbers are finite, "
             "width and height not negative"
         )
     box[:, 2:] += box[:, :2]

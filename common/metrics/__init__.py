@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from common.metrics import average_precision, captions, classification, localisation
+from common.metrics import captions, classification, detection, localisation
 
 MODULES = {
     "classification": classification,
-    "detection": average_precision,
+    "detection": detection,
     "captioning": captions,
     "wsol": localisation,
 }

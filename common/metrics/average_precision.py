@@ -78,11 +78,7 @@ def match(
     (RIGHT, WRONG or IGNORED), each (detections,); and `positives` int32 (images, classes), the number of
     objects that are not difficult.
     """
-    score = np.asarray(found.score, np.float64)
-    if convention.score_digits is not None:
-        score = np.round(score, convention.score_digits)
-    score = score.astype(np.float32)
-    order = np.lexsort((-score, found.label))
+    order, score = ranked(found, convention)
     image, label, score = found.image[order], found.label[order], score[order]
     box = np.asarray(found.box, np.float64).reshape(-1, 4)[order] + np.asarray(convention.found_shift)
     if convention.box_digits is not None:
@@ -94,7 +90,7 @@ def match(
     difficult = np.zeros(len(group), bool) if truth.difficult is None else np.asarray(truth.difficult, bool)
     positives = np.bincount(group[~difficult], minlength=images * classes).reshape(images, classes)
 
-    best, overlap = _most_overlapped(
+    best, overlap = most_overlapped(
         box, image.astype(np.int64) * classes + label, true_box, group[by_group], convention
     )
     hit = (overlap >= iou) if convention.inclusive else (overlap > iou)
@@ -113,8 +109,21 @@ def match(
     }
 
 
-def _most_overlapped(
-    box, group, true_box, true_group, convention: Convention
+def ranked(found: Boxes, convention: Convention = PRESETS["voc-devkit"]) -> tuple[np.ndarray, np.ndarray]:
+    """The order of `match`'s rows, by class and falling score, as indices (k,); and the scores it compares, (k,)."""
+    score = np.asarray(found.score, np.float64)
+    if convention.score_digits is not None:
+        score = np.round(score, convention.score_digits)
+    score = score.astype(np.float32)
+    return np.lexsort((-score, found.label)), score
+
+
+def most_overlapped(
+    box: np.ndarray,
+    group: np.ndarray,
+    true_box: np.ndarray,
+    true_group: np.ndarray,
+    convention: Convention = PRESETS["voc-devkit"],
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each box the truth of its group with the largest IoU (of equals the first), and that IoU.
 
@@ -190,6 +199,20 @@ def _eleven_point(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:
     for threshold in RECALLS:
         total += padded[(recall < threshold).sum(0), columns] / 11.0
     return total
+
+
+def precision_recall(
+    stats: Mapping[str, np.ndarray], label: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Recall, precision and score after each detection of a class, best first; those that count neither way left out.
+
+    Recall is NaN where the class has no object.
+    """
+    mine = (stats["label"] == label) & (stats["mark"] != IGNORED)
+    right = np.cumsum(stats["mark"][mine] == RIGHT, dtype=np.float64)
+    objects = float(stats["positives"][:, label].sum())
+    recall = right / objects if objects else np.full(len(right), np.nan)
+    return recall, right / np.arange(1, len(right) + 1), stats["score"][mine]
 
 
 def rescore(images: Mapping[str, np.ndarray], weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
