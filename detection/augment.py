@@ -4,7 +4,8 @@ SSD's policy (Liu et al., ECCV 2016, section 2.2) is photometric distortion, exp
 crop, a flip and a resize to 300 × 300. Its geometry is one window in the frame of the source image, possibly
 reaching outside it; so that is sampled first, the image is resampled once, straight to the small size, and only
 the small image is distorted. What lies outside the source is the mean, which the distortion never touches.
-Two faults of ssd.pytorch are absent: its IoU constraint never fires, and .5 is missing from its overlaps.
+Two faults of ssd.pytorch are absent: its IoU constraint never fires, and .5 is missing from its overlaps; the policy
+"ssd_pytorch" has them, for those who compare (its colours are still clipped to 0–255, which its own are not).
 """
 
 import os
@@ -20,6 +21,7 @@ cv2.setNumThreads(0)  # one image at a time: the loader's processes are the para
 
 KEEP, ANY = -1.0, 0.0
 OVERLAPS = (KEEP, 0.1, 0.3, 0.5, 0.7, 0.9, ANY)
+PYTORCH_OVERLAPS = (KEEP, 0.1, 0.3, 0.7, 0.9, ANY)
 TRIES = 50
 CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
@@ -56,11 +58,12 @@ def sample_view(
     rng: np.random.Generator,
     expand: float = 4.0,
     crop: bool = True,
+    policy: str = "ssd",
 ) -> View:
     """Sample SSD's geometry: with probability ½ a canvas 1 to `expand` times as large, an IoU crop, a flip.
 
     `boxes` float (k, 4) corners in pixels of the `width` × `height` image. `expand` 1 and `crop` False switch
-    those parts off.
+    those parts off; `policy`: see `sample_crop`.
     """
     left = top = 0
     canvas_w, canvas_h = width, height
@@ -72,23 +75,26 @@ def sample_view(
     shifted = boxes + np.array([left, top, left, top], np.float64)
     window, keep, overlap = (0, 0, canvas_w, canvas_h), None, KEEP
     if crop:
-        window, keep, overlap = sample_crop(canvas_w, canvas_h, shifted, rng)
+        window, keep, overlap = sample_crop(canvas_w, canvas_h, shifted, rng, policy)
     flip = bool(rng.random() < 0.5)
     x0, y0, x1, y1 = window
     return View(x0 - left, y0 - top, x1 - x0, y1 - y0, flip, keep, overlap)
 
 
 def sample_crop(
-    width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
+    width: int, height: int, boxes: np.ndarray, rng: np.random.Generator, policy: str = "ssd"
 ) -> tuple[tuple[int, int, int, int], np.ndarray | None, float]:
     """SSD's IoU crop: (window x0, y0, x1, y1; bool (k,) boxes that stay, None all; the overlap asked for).
 
     An overlap of OVERLAPS is drawn; up to 50 windows of .3 to 1 of each side, aspect ½ to 2, are tried. One is
     taken if some box has at least that IoU with it and some box's centre lies in it; else another overlap is
-    drawn. An image without boxes takes the first window of a fit aspect.
+    drawn. An image without boxes takes the first window of a fit aspect. The policy "ssd_pytorch" draws from its own
+    overlaps and then asks for none of them: its test reads `overlap.min() < min_iou and max_iou < overlap.max()`, and
+    its max_iou is infinite.
     """
+    options = OVERLAPS if policy == "ssd" else PYTORCH_OVERLAPS
     while True:
-        overlap = OVERLAPS[rng.integers(len(OVERLAPS))]
+        overlap = options[rng.integers(len(options))]
         if overlap == KEEP:
             return (0, 0, width, height), None, KEEP
         w, h = rng.uniform(0.3, 1, (2, TRIES)) * [[width], [height]]
@@ -99,7 +105,9 @@ def sample_crop(
         inside = np.zeros((TRIES, 0), bool)
         if len(boxes):
             inside = _centres_inside(boxes, windows)
-            good &= inside.any(1) & (_iou(windows, boxes).max(1) >= overlap)
+            good &= inside.any(1)
+            if policy == "ssd":
+                good &= _iou(windows, boxes).max(1) >= overlap
         if good.any():
             taken = int(good.argmax())
             return tuple(windows[taken].tolist()), inside[taken], overlap
@@ -202,13 +210,14 @@ def ssd_view(
     expand: float = 4.0,
     crop: bool = True,
     photometric: bool = True,
+    policy: str = "ssd",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One training view by SSD's policy.
 
     `image` uint8 RGB (H, W, 3); `boxes` (k, 4) corners in its pixels; `fill` the mean colour, 0–255. Returns the
     view, uint8 (size, size, 3), the boxes that stay as shares of it, float32 (k', 4), and their labels.
     """
-    view = sample_view(image.shape[1], image.shape[0], boxes, rng, expand, crop)
+    view = sample_view(image.shape[1], image.shape[0], boxes, rng, expand, crop, policy)
     part, (x, y) = warp(image, view, size)
     if photometric:
         part = distort(part, sample_distortion(rng))

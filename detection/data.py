@@ -12,12 +12,14 @@ from torch import Tensor
 
 from common.data.decode import read_rgb
 from common.data.types import DetectionSet
+from common.errors import UserError
 from common.progress import progress
 from detection.augment import frcnn_view, ssd_view
 from detection.recipes import DetectionRecipe, FasterRCNNRecipe, SSDRecipe
 
 IN_MEMORY = 2**30  # bytes of decoded images that are kept
 READERS = 4  # threads that decode
+MOST_WORKERS = 16  # loader processes beside a GPU
 
 
 class Pictures:
@@ -45,16 +47,16 @@ class TrainViews:
         self.images, self.recipe = images, recipe
         self.fill = [round(255 * v) for v in mean]
         self.pictures = Pictures(images, recipe.length(len(images)) * recipe.batch)
-        self.workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+        self.workers = min(MOST_WORKERS, os.cpu_count() or 1) if torch.cuda.is_available() else 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batch(self, indices: list[int], rngs: list[np.random.Generator]) -> dict[str, Any]:
-        """One view of each image, drawn from its own stream."""
+        """One view of each image, drawn from its own stream. "ids" name image and smallest box, for the NaN guard."""
         views = [self._view(index, rng) for index, rng in zip(indices, rngs)]
         collate = collate_ssd if isinstance(self.recipe, SSDRecipe) else collate_frcnn
-        return {**collate(views), "ids": [str(self.images.ids[index]) for index in indices]}
+        return {**collate(views), "ids": [self._name(index) for index in indices]}
 
     def _view(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         recipe, picture = self.recipe, self.pictures.read(index)
@@ -63,9 +65,32 @@ class TrainViews:
             easy = ~self.images.difficult[index]
             boxes, labels = boxes[easy], labels[easy]
         if isinstance(recipe, FasterRCNNRecipe):
-            return *frcnn_view(picture, boxes, rng, recipe.short_side, recipe.long_side), labels
-        options = {"expand": recipe.expand, "crop": recipe.crop, "photometric": recipe.photometric}
-        return ssd_view(picture, boxes, labels, rng, self.fill, **options)
+            sides = recipe.short_sides
+            short = sides[rng.integers(len(sides))] if sides else recipe.short_side
+            view = *frcnn_view(picture, boxes, rng, short, recipe.long_side), labels
+        else:
+            options = {"expand": recipe.expand, "crop": recipe.crop, "photometric": recipe.photometric}
+            view = ssd_view(picture, boxes, labels, rng, self.fill, policy=recipe.aug, **options)
+        self._check(index, view[1])
+        return view
+
+    def _check(self, index: int, seen: np.ndarray) -> None:
+        """Refuse a training box without area: its logarithm would spoil the loss. Raises UserError naming it."""
+        if len(seen) and not (seen[:, 2:] > seen[:, :2]).all():  # also where a number is not finite
+            raise UserError(
+                f"{self.images.paths[index]}: {self._name(index)} has no area in its training view; "
+                "correct or remove it"
+            )
+
+    def _name(self, index: int) -> str:
+        """An image's id with its smallest box."""
+        boxes = self.images.boxes[index]
+        if not len(boxes):
+            return f"{self.images.ids[index]} (no box)"
+        k = int(np.nan_to_num(boxes[:, 2:] - boxes[:, :2], nan=-np.inf).min(1).argmin())
+        corners = ", ".join(f"{v:g}" for v in boxes[k].tolist())
+        label = self.images.classes[self.images.labels[index][k]]
+        return f"{self.images.ids[index]} (smallest box: {label} {corners})"
 
 
 def collate_ssd(views: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, Tensor]:

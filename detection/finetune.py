@@ -16,6 +16,7 @@ import common  # noqa: F401  first, before torch
 
 # isort: split
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,18 @@ from torch import Tensor, nn
 
 from common.backbone import Backbone
 from common.cell import Run
-from common.data import open_detection
+from common.data import DetectionSet, open_detection
 from common.data.thumbnails import write_thumbnails
 from common.engine import INIT, is_main, torch_seed, train
-from common.errors import run_main
+from common.errors import UserError, run_main
 from common.recipe import describe, override
 from common.transfer import open_transfer, transfer_parser
+from detection.build import make_model, write_facts
 from detection.data import TrainViews
 from detection.detect import predict
-from detection.faster_rcnn import FasterRCNN, no_decay_on_biases
+from detection.faster_rcnn import FasterRCNN, parameter_groups
 from detection.recipes import RECIPES, DetectionRecipe, FasterRCNNRecipe, SSDRecipe
-from detection.report import finish, percent
+from detection.report import cell_statistics, finish, percent, scores
 from detection.results import write_results
 from detection.ssd import SSD300, ssd_loss
 
@@ -44,16 +46,26 @@ TASK = "detection"
 def main(argv: list[str] | None = None) -> int:
     """Arguments → recipe → data → backbone → training → predictions.json → scores, cell."""
     args = arguments().parse_args(argv)
-    recipe = override(RECIPES[args.detector][args.recipe], args.set)
+    named = RECIPES[args.detector][args.recipe]
+    recipe, line = scale_rate(named, override(named, args.set), args.set)
     opened = open_transfer(
         args, task=TASK, model=args.detector, recipe=recipe, settings=args.set, reader=open_detection
     )
     run, backbone, train_set, test_set = opened.run, opened.backbone, opened.train_set, opened.test_set
-    if run.finished:
+    if line:
+        run.note(line)
+        if is_main():
+            print(line)
+    if args.eval_only and not (run.folder / "weights.pt").exists():
+        raise UserError(f"--eval-only: {run.folder} holds no finished training; run without it first")
+    if run.finished and not args.eval_only:
         return 0
     device = opened.device
     torch.manual_seed(torch_seed(INIT, args.seed))
     model = build(backbone, recipe, len(train_set.classes), run)
+    if is_main():
+        facts = (args.detector, backbone.arch, train_set.classes, backbone.mean, backbone.std, recipe)
+        write_facts(run.folder, *facts)
     cost = train(
         model,
         STEPS[args.detector](recipe),
@@ -63,13 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         key=run.keys["train"],
         seed=args.seed,
         device=device,
-        groups=no_decay_on_biases(model) if isinstance(recipe, FasterRCNNRecipe) else None,
+        groups=parameter_groups(model, recipe.decay_biases) if isinstance(recipe, FasterRCNNRecipe) else None,
         workers=args.workers,
         desc=f"{args.detector} {backbone.name}",
+        evaluate=evaluation(test_set, recipe, device) if args.every else None,
+        every=args.every,
     )
     if is_main():
         write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths, frames=test_set.sizes)
-        if not run.done("predict"):
+        if args.eval_only or not run.done("predict"):
             with run.stage("predict", files=["predictions.json"]):
                 found = predict(model, test_set, recipe, device)
                 write_results(run.folder / "predictions.json", found, test_set.ids)
@@ -84,7 +98,43 @@ def arguments():
     made = transfer_parser(__doc__, RECIPES["ssd300"], data_help)
     made.epilog = "\n\n".join(f"{name}: {describe(recipes)}" for name, recipes in RECIPES.items())
     made.add_argument("--detector", default="ssd300", choices=list(RECIPES), help="(default: ssd300)")
+    made.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="detect and score again with the weights of a finished training",
+    )
+    made.add_argument(
+        "--every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score the test images every N iterations, in log.jsonl",
+    )
     return made
+
+
+def scale_rate(
+    named: DetectionRecipe, recipe: DetectionRecipe, settings: list[str]
+) -> tuple[DetectionRecipe, str]:
+    """The recipe with its rate scaled as its batch was (Goyal et al., 2017) unless `lr` was set, and a line saying so.
+
+    The length stays as it is: iterations are iterations. Without a change the line is empty.
+    """
+    if recipe.batch == named.batch or any(setting.partition("=")[0] == "lr" for setting in settings):
+        return recipe, ""
+    lr = named.lr * recipe.batch / named.batch
+    line = f"batch {named.batch} → {recipe.batch}: lr scaled with it, {named.lr:g} → {lr:g} (--set lr=… overrides)"
+    return replace(recipe, lr=lr), line
+
+
+def evaluation(test_set: DetectionSet, recipe: DetectionRecipe, device: torch.device):
+    """A measurement for the log: mAP of the test images. The run ends with the last weights, whatever it shows."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        stats = cell_statistics(predict(model, test_set, recipe, device), test_set)
+        return {name: value for name, value in scores(stats).items() if value is not None}
+
+    return evaluate
 
 
 def build(backbone: Backbone, recipe: DetectionRecipe, classes: int, run: Run) -> SSD300 | FasterRCNN:
@@ -99,25 +149,7 @@ def build(backbone: Backbone, recipe: DetectionRecipe, classes: int, run: Run) -
             f"scratch: nothing is frozen and batch norm trains (the recipe freezes up to {recipe.freeze}"
             f"{' and all batch norm' if recipe.freeze_bn else ''}); no paired claim"
         )
-    if isinstance(recipe, SSDRecipe):
-        shape = (recipe.topology, recipe.l2norm, recipe.extra_width, recipe.extra_bn, recipe.head_std)
-        return SSD300(trunk, classes, backbone.mean, backbone.std, *shape)
-    return FasterRCNN(
-        trunk,
-        classes,
-        backbone.mean,
-        backbone.std,
-        anchors=recipe.anchors,
-        roi_size=recipe.roi_size,
-        sampling=recipe.sampling,
-        rpn_batch=recipe.rpn_batch,
-        roi_batch=recipe.roi_batch,
-        proposals_before=(recipe.proposals_before, recipe.test_proposals_before),
-        proposals_after=(recipe.proposals_after, recipe.test_proposals_after),
-        score=recipe.score,
-        nms=recipe.nms,
-        top=recipe.top,
-    )
+    return make_model(trunk, recipe, classes, backbone.mean, backbone.std)
 
 
 def ssd_step(recipe: SSDRecipe):
