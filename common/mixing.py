@@ -13,7 +13,6 @@ from torch import Tensor
 from common.errors import UserError
 from common.recipe import Recipe, knob
 
-METHODS = ("baseline", "mixup", "cutout", "cutmix")  # the four whose transfer the paper compares
 PAIR_MIXERS = ("mixup", "cutmix", "manifold_mixup", "feature_cutmix")  # one of them a batch
 MIXING = ("baseline", "cutout", *PAIR_MIXERS, "label_smoothing")  # what any classifier's training can use
 REGULARIZERS = ("stochdepth", "dropblock", "shakedrop")  # noise in the network: pretraining only

@@ -4,6 +4,7 @@ State-dict keys equal torchvision's (`conv1`, `bn1`, `layer1` … `layer4`), so 
 Heads address stages by name and read `channels` and `strides`; none of them knows a ResNet's insides.
 """
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -193,5 +194,12 @@ def normalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Te
     """uint8 images (N, H, W, 3) or (N, 3, H, W) → float32 (N, 3, H, W), RGB/255 less `mean`, over `std`."""
     if images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(list(v), device=images.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
+    mean, std = (_constant(tuple(v), images.device) for v in (mean, std))
     return images.float().sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept on the device: making it there anew would wait for the device at every step."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255

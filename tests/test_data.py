@@ -82,7 +82,7 @@ def test_parse_data_refuses(text, parts):
 
 
 def test_open_refuses_the_wrong_kind():
-    fails(lambda: open_detection("folder:/x"), "detection does not read 'folder'", "voc, scenes")
+    fails(lambda: open_detection("folder:/x"), "detection does not read 'folder'", "voc, coco, scenes")
     fails(lambda: open_captions("voc:/x"), "captions, scenes")
 
 

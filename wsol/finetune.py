@@ -30,7 +30,7 @@ from common.data.types import ImageSet, hash_order
 from common.engine import INIT, autocast, is_main, torch_seed, train
 from common.errors import UserError, run_main
 from common.metrics.classification import true_rank
-from common.mixing import METHODS
+from common.mixing import MIXING, canonical_method
 from common.progress import progress
 from common.recipe import override
 from common.transfer import open_transfer, transfer_parser
@@ -92,8 +92,9 @@ def arguments():
     made = transfer_parser(__doc__, RECIPES, data_help)
     made.add_argument(
         "--method",
-        choices=METHODS,
-        help="how batches are mixed in this training (default: the recipe's, baseline)",
+        type=canonical_method,
+        metavar="METHOD",
+        help=f"how batches are mixed in this training: a sum of {', '.join(MIXING)} (default: the recipe's, baseline)",
     )
     return made
 

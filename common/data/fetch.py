@@ -255,6 +255,8 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Raises UserError for one that is damaged, for a full disk, and before a member that would land outside.
     """
+    if not hasattr(tarfile, "data_filter"):  # Python before 3.11.4
+        raise UserError(f"{archive}: this Python unpacks no archive safely; unpack it into {folder} by hand")
     try:
         if zipfile.is_zipfile(archive):
             _unzip(archive, folder)
