@@ -43,8 +43,8 @@ class CropRecipe(Recipe):
     pad: int = knob(4, "black pixels around the image for crop=pad", "C")
     resize_backend: str = knob(
         "pil",
-        "pil: antialiased bilinear, PIL's pixels; cv2_area: area when shrinking, else bilinear; cv2_linear: bilinear "
-        "without antialiasing",
+        "pil: antialiased bilinear, PIL's pixels; torch: the same within 2 of 255, twice as fast; cv2_area: area when "
+        "shrinking, else bilinear; cv2_linear: bilinear without antialiasing",
         "P",
         choices=BACKENDS,
     )

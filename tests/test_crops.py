@@ -125,7 +125,7 @@ def test_training_crops_from_files(images):
     assert np.array_equal(done, batch(images, replace(RECIPE, cache="file")))
 
 
-@pytest.mark.parametrize("backend", ["cv2_area", "cv2_linear"])
+@pytest.mark.parametrize("backend", ["cv2_area", "cv2_linear", "torch"])
 def test_the_resize_backend_is_the_recipes(images, backend):
     recipe = replace(RECIPE, resize_backend=backend)
     i, rng = 1, streams()[1]
@@ -137,6 +137,15 @@ def test_the_resize_backend_is_the_recipes(images, backend):
     assert not np.array_equal(crops.test_images(images, recipe), crops.test_images(images, RECIPE))
     square = replace(recipe, crop="shift")
     assert not np.array_equal(batch(images, square), batch(images, replace(square, resize_backend="pil")))
+
+
+def test_torchs_resize_is_pils_within_two():
+    for seed in range(20):
+        image = pixels(*SIZES[seed % 5], seed)[seed % 3 :, seed % 4 :]
+        image.flags.writeable = False
+        size = [(24, 24), (57, 31), (200, 100)][seed % 3]
+        difference = resize(image, size, "torch").astype(int) - resize(image, size)
+        assert np.abs(difference).max() <= 2 and abs(difference.mean()) < 0.03
 
 
 # squares

@@ -35,6 +35,7 @@ from torchvision import transforms as T
 
 from common.crops import CropRecipe, TrainImages
 from common.data.colour import EIGENVALUES, EIGENVECTORS
+from common.data.decode import BACKENDS
 from common.data.layout import EXTENSIONS
 from common.data.types import ImageSet
 from common.engine.streams import Streams
@@ -135,7 +136,7 @@ def measure(paths: list[Path], rounds: int) -> dict:
     for colour in ("none", "code"):
         variants[colour, "official, PIL and float"] = official(paths, colour == "code")
         for cache in ("file", "short"):
-            for backend in ("pil", "cv2_area", "cv2_linear"):
+            for backend in BACKENDS:
                 recipe = replace(base, cache=cache, resize_backend=backend, colour=colour)
                 variants[colour, f"ours, {cache}, {backend}"] = ours(images, recipe)
     starts = range(0, len(paths), BATCH)
