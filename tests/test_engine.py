@@ -240,6 +240,14 @@ def test_one_cycle_and_group_factors():
     assert seen[0, 0] < 0.001 and seen[-1, 0] < 0.001
 
 
+def test_the_shortest_one_cycles():
+    for length in (1, 2, 3, 6, 7):
+        seen = rates(Recipe(iterations=length, lr=0.1, schedule="one_cycle"), 50)[:, 0]
+        assert seen.max() == pytest.approx(0.1)
+    with pytest.raises(UserError, match="warmup=7, no shorter than the whole training: 7 iterations"):
+        rates(Recipe(iterations=7, lr=0.1, schedule="one_cycle", warmup=7), 50)
+
+
 def test_recipe_settings_are_checked():
     assert override(RECIPE, ["lr=0.5", "milestones=1,2.5", "nesterov=true"]).milestones == (1.0, 2.5)
     for setting, message in {

@@ -34,12 +34,17 @@ def make_schedulers(optimizer: Any, recipe: Recipe, images: int) -> list:
     """mmengine schedulers by iteration: `step`, `constant`, or `one_cycle`.
 
     `one_cycle` rises linearly over `warmup` iterations (0: the first 30 %), then falls to zero as half a cosine.
+    Raises UserError when there is no time to fall.
     """
     length, warmup = recipe.length(images), recipe.warmup
     if recipe.schedule == "one_cycle":
-        warmup = warmup or max(1, int(0.3 * length))
+        warmup = warmup or min(max(1, int(0.3 * length)), length - 1)
+        if warmup >= length:
+            raise UserError(
+                f"recipe: warmup={warmup}, no shorter than the whole training: {length} iterations"
+            )
     made: list = []
-    if warmup:
+    if warmup > 1:  # of one iteration, mmengine would never take the rate up
         made.append(LinearLR(optimizer, start_factor=0.001, by_epoch=False, begin=0, end=warmup))
     if recipe.schedule == "one_cycle":
         made.append(
