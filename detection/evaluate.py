@@ -35,8 +35,8 @@ from common.files import write_json
 from common.metrics import coco
 from common.metrics.average_precision import PRESETS, Boxes, match
 from detection.curves import curves
-from detection.report import IOU, by_size, fraction, per_class, percent, scores, table_lines, truth_of
 from detection.results import image_index, read_results
+from detection.scores import IOU, by_size, fraction, per_class, percent, scores, table_lines, truth_of
 
 
 @dataclass
@@ -111,7 +111,11 @@ def arguments() -> argparse.ArgumentParser:
         help="whose conventions (default: voc-devkit); detectron2 also gives its AP, AP50 and AP75: the mean mAP, "
         "by 11 points, over IoU .5 to .95, and at .5 and .75",
     )
-    made.add_argument("--coco", action="store_true", help="COCO's AP too; with --annotations it always is")
+    made.add_argument(
+        "--coco",
+        action="store_true",
+        help="COCO's AP too, difficult objects as its crowd regions; with --annotations it always is given",
+    )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the scores as fractions")
     return made
 

@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from common.data import open_detection
 from common.data.coco import read_instances
 from common.data.layout import Report
+from common.data.objects import frames
 from common.errors import UserError
 from common.metrics import coco
 from common.metrics.average_precision import Boxes
@@ -319,3 +320,26 @@ def test_instances_equal_pycocotools(world):
     for i, key in enumerate(ours.ids):
         boxes = [a["bbox"] for a in theirs.loadAnns(theirs.getAnnIds(imgIds=key))]
         assert ours.box[ours.image == i].tolist() == boxes
+
+
+def test_frames():
+    """The frame of boxes for every EXIF orientation and every size that a file may state."""
+    for orientation in range(1, 9):
+        for said, frame, rule in (
+            ([40, 30], [40, 30], None),
+            ([30, 40], [30, 40] if orientation >= 5 else [40, 30], "wrong size in the XML"),
+            ([41, 30], [40, 30], "wrong size in the XML"),
+            (None, [40, 30], "XML without <size>"),
+        ):
+            report = Report()
+            found = frames(np.array([[40, 30, orientation]]), [said], ["a.xml"], report, "XML")
+            assert found.tolist() == [frame]
+            lines = " ".join(report.lines())
+            turned = frame == [30, 40]
+            assert ("read turned" in lines) == turned
+            assert ("EXIF rotation not applied" in lines) == (orientation > 1 and not turned)
+            assert rule is None or turned or rule in lines
+    report = Report()  # a square image shows no side: the stored pixels are taken, which is said
+    assert frames(np.array([[30, 30, 6]]), [[30, 30]], ["a"], report, "JSON").tolist() == [[30, 30]]
+    assert "EXIF rotation not applied" in report.lines()[0]
+    assert frames(np.zeros((1, 3), int), [[4, 5]], ["a"], Report(), "XML").tolist() == [[0, 0]]
