@@ -1,10 +1,13 @@
-"""METEOR's paraphrase table cut down to the words of some text: loads in under a second, gives the same scores.
+"""METEOR's paraphrase table cut down to the words of some text: loads in a second, gives the same scores.
 
-METEOR reads 5.3 million paraphrase pairs at every start (8 s, most of its running time); a pair counts only when
-one phrase stands in the caption and the other in a reference. Run as a file, in a process of its own.
+METEOR reads 5.3 million paraphrase pairs at every start (8 s, most of its running time); a pair counts only when one
+phrase stands in a caption and the other in a reference. Run as a file, in a process of its own: first the pairs of
+which one phrase can stand in the references, kept for every system scored against them, then of these the pairs of
+which the other can stand in a caption.
 """
 
 import gzip
+import json
 import os
 import re
 import sys
@@ -23,35 +26,61 @@ def pieces(sentences: Iterable[str]) -> set[str]:
     return set(PIECE.findall(" ".join(sentences).lower()))
 
 
-class _Known(dict):
-    """phrase → whether its words are made of the wanted pieces, worked out when first asked."""
+class _Words(dict):
+    """word → whether it is made of the wanted pieces, worked out when first asked."""
 
-    def __init__(self, wanted: set[str]) -> None:
+    def __init__(self, wanted: Iterable[str]) -> None:
         super().__init__()
-        self.wanted = wanted
+        self.wanted = set(wanted)
 
-    def __missing__(self, phrase: bytes) -> bool:
-        self[phrase] = found = self.wanted.issuperset(PIECE.findall(phrase.decode()))
+    def __missing__(self, word: bytes) -> bool:
+        self[word] = found = self.wanted.issuperset(PIECE.findall(word.decode()))
         return found
 
 
-def filter_table(table: Path, wanted: set[str], out: Path) -> None:
-    """Copy the pairs of `table` (gzip: probability, phrase, phrase, a line each) that are made of `wanted` pieces.
+class _Phrases(dict):
+    """phrase → whether all its words are made of the wanted pieces."""
 
-    Keeps the table's order; writes `out` atomically.
+    def __init__(self, wanted: Iterable[str]) -> None:
+        super().__init__()
+        self.word = _Words(wanted).__getitem__
+
+    def __missing__(self, phrase: bytes) -> bool:
+        self[phrase] = found = all(map(self.word, phrase.split()))
+        return found
+
+
+def filter_table(
+    table: Path, out: Path, references: Iterable[str], captions: Iterable[str] | None = None
+) -> None:
+    """Copy the pairs of `table` (gzip: probability, phrase, phrase, a line each) that can count.
+
+    One phrase is made of pieces of `references`, the other of `captions` (None: of anything). Keeps the table's
+    order; writes `out` atomically.
     """
-    known, tail = _Known(wanted), b""
+    ours = _Phrases(references)
+    theirs = None if captions is None else _Phrases(captions)
+    tail = b""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with gzip.open(table) as source, gzip.open(temporary, "wb", 1) as target:
         while block := source.read(BLOCK):
             lines = (tail + block).split(b"\n")
             end = (len(lines) - 1) // 3 * 3
             tail = b"\n".join(lines[end:])
-            for pair in zip(lines[0:end:3], lines[1:end:3], lines[2:end:3]):
-                if known[pair[1]] and known[pair[2]]:
-                    target.write(b"\n".join(pair) + b"\n")
+            kept = [
+                line
+                for one, other in zip(lines[1:end:3], lines[2:end:3])
+                if (ours[one] and (theirs is None or theirs[other]))
+                or (ours[other] and (theirs is None or theirs[one]))
+                for line in (b"1", one, other)  # METEOR reads the probability and does not use it
+            ]
+            target.write(b"".join(line + b"\n" for line in kept))
     temporary.replace(out)
 
 
 if __name__ == "__main__":
-    filter_table(Path(sys.argv[1]), set(sys.stdin.read().split()), Path(sys.argv[2]))
+    full, half, cut = map(Path, sys.argv[1:])
+    text = json.load(sys.stdin)
+    if not half.exists():
+        filter_table(full, half, text["references"])
+    filter_table(half, cut, text["references"], text["captions"])

@@ -2,11 +2,16 @@
 
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from captioning.meteor import JavaError, Meteor, Tokenizer, find_java, tokenize_plain, tokenize_references
+from captioning.java import JavaError, find_java
+from captioning.meteor import Meteor
+from captioning.spice import Spice
+from captioning.tokenizer import Tokenizer, tokenize_plain, tokenize_references
 from common.errors import UserError
 from common.metrics import captions as metrics
 
@@ -15,22 +20,28 @@ class Scorer:
     """Scores any number of systems against the same references. A context manager: it owns Java processes.
 
     `notes` says which tokenizer scored and why METEOR could not be had. `tokenizer` is `ptb` (raises UserError without
-    Java), `plain`, or `auto`: ptb where there is Java.
+    Java), `plain`, or `auto`: ptb where there is Java. SPICE is scored where its jar is given, as `spice` or in
+    `$BACKBENCH_SPICE`.
     """
 
     def __init__(
-        self, references: Sequence[Sequence[str]], tokenizer: str = "auto", timeout: float = 120.0
+        self,
+        references: Sequence[Sequence[str]],
+        tokenizer: str = "auto",
+        timeout: float = 120.0,
+        spice: Path | str | None = None,
     ) -> None:
         self.raw, self.asked = references, tokenizer
         self.references: list[list[str]] = []  # tokenised
         self.notes: list[str] = []
         self._ptb, self._meteor = Tokenizer(timeout), Meteor(timeout)
+        self._spice = Spice.given(spice)
         self._tokenize = tokenize_plain
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def start(self, words: Iterable[str] = ()) -> None:
-        """Tokenise the references and start METEOR in the background; `words` are those that captions can hold."""
+        """Tokenise the references in the background; start METEOR too where `words`, those of captions, are known."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._prepare, args=(list(words),), daemon=True)
             self._thread.start()
@@ -47,11 +58,16 @@ class Scorer:
     def statistics(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """The per-image statistics that `common.metrics.captions.rescore` takes, of one raw caption an image."""
         tokens = self.tokenize(captions)
-        found = metrics.statistics(tokens, self.references)
-        try:
-            found["meteor"] = self._meteor(tokens, self.references)
-        except JavaError as error:
-            self._note(f"METEOR n/a: {error}")
+        with ThreadPoolExecutor(2) as pool:  # they wait for Java
+            jobs = {"meteor": pool.submit(self._meteor, tokens, self.references)}
+            if self._spice:
+                jobs["spice"] = pool.submit(self._spice, tokens, self.references)
+            found = metrics.statistics(tokens, self.references)
+        for name, job in jobs.items():
+            try:
+                found[name] = job.result()
+            except JavaError as error:
+                self._note(f"{name.upper()} n/a: {error}")
         return found
 
     def close(self) -> None:
@@ -76,8 +92,9 @@ class Scorer:
     def _prepare(self, words: list[str]) -> None:
         try:
             self._tokenize_all()
-            sentences = [sentence for image in self.references for sentence in image]
-            self._meteor.start([*sentences, *words, *self._tokenize(words)])
+            if words:
+                sentences = [sentence for image in self.references for sentence in image]
+                self._meteor.start([*words, *self._tokenize(words)], sentences)
         except JavaError:
             return  # asked again, it says so again
         except BaseException as error:  # for the thread that waits

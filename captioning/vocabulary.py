@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.meteor import PUNCTUATION, one_line
+from captioning.java import one_line
+from captioning.tokenizer import PUNCTUATION
 from common.errors import UserError
 from common.files import read_json, write_json
 

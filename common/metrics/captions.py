@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")  # and SPICE, where it is given
 ORDERS = 4  # n-grams of 1 to 4 words, in BLEU and in CIDEr
 SIGMA = 6.0  # CIDEr-D's Gaussian length penalty (Vedantam et al., CVPR 2015, section 5)
 BETA = 1.2  # ROUGE-L's weight of recall, as the COCO evaluation sets it
@@ -132,9 +132,9 @@ def _common_subsequence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def rescore(images: Mapping[str, np.ndarray], weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Corpus scores (R,) by name under R weightings of the images.
 
-    `images` holds what `statistics` returns and, where METEOR could be scored, `meteor` (n, 23). `weights` (R, n)
-    are non-negative (a bootstrap's draw counts); None: every image once, R = 1. CIDEr's document frequencies
-    stay fixed.
+    `images` holds what `statistics` returns and, where they could be scored, `meteor` (n, 23) and `spice` (n,).
+    `weights` (R, n) are non-negative (a bootstrap's draw counts); None: every image once, R = 1. CIDEr's document
+    frequencies stay fixed.
     """
     lengths, matches = images["bleu_lengths"], images["bleu_matches"]
     n = len(lengths)
@@ -146,6 +146,8 @@ def rescore(images: Mapping[str, np.ndarray], weights: np.ndarray | None = None)
         scores["METEOR"] = meteor_score(weights @ images["meteor"])
     total = weights.sum(1)
     scores["ROUGE-L"], scores["CIDEr"] = totals[:, 10] / total, totals[:, 11] / total
+    if "spice" in images:
+        scores["SPICE"] = weights @ images["spice"] / total
     return scores
 
 
@@ -155,6 +157,8 @@ def per_image(images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     scores = _bleu(images["bleu_matches"], _guesses(lengths[:, 0]), lengths[:, 0], lengths[:, 1])
     if "meteor" in images:
         scores["METEOR"] = meteor_score(images["meteor"])
+    if "spice" in images:
+        scores["SPICE"] = images["spice"]
     return scores | {"ROUGE-L": images["rouge"], "CIDEr": images["cider"]}
 
 
