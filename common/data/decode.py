@@ -101,7 +101,8 @@ def resize(image: np.ndarray, size: tuple[int, int], backend: str = "pil") -> np
     if backend == "torch":
         import torch
 
-        planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # a copy: `image` may be read-only
+        # a copy, for `image` may be read-only; a batch before it is permuted, or torch answers in planes
+        planes = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
         shape = (size[1], size[0])
         done = torch.nn.functional.interpolate(planes, shape, mode="bilinear", antialias=True)
         return done[0].permute(1, 2, 0).numpy()
