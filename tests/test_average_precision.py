@@ -10,6 +10,7 @@ from common.metrics.average_precision import (
     WRONG,
     Boxes,
     Convention,
+    as_printed,
     class_ap,
     match,
     rescore,
@@ -191,3 +192,75 @@ def test_presets():
     assert match(found, truth, 1, 1, convention=PRESETS["detectron2"])["score"].tolist() == [
         np.float32(0.123)
     ]
+
+
+def text_file_ap(found, truth, names, c, preset):
+    """11-point AP of class c as the named tool has it: result lines printed, read back and judged one by one."""
+    one = {"py-faster-rcnn": 1, "detectron2": 1, "ssd.pytorch": 0}[preset]
+    lines = []
+    for r in np.flatnonzero(found.label == c):
+        x0, y0, x1, y1 = found.box[r]
+        corners = f"{x0 + 1:.1f} {y0 + 1:.1f} {x1:.1f} {y1:.1f}"  # 1-based and inclusive
+        lines.append(f"{names[found.image[r]]} {found.score[r]:.3f} {corners}")
+    objects = {}
+    for t in np.flatnonzero(truth.label == c):
+        x0, y0, x1, y1 = truth.box[t]
+        corners = np.array([x0 + 1, y0 + 1, x1, y1]) - (preset == "ssd.pytorch")
+        objects.setdefault(names[truth.image[t]], []).append((corners, truth.difficult[t]))
+    total = sum(not hard for listed in objects.values() for _, hard in listed)
+    if not total:
+        return None
+    rows = sorted((line.split() for line in lines), key=lambda parts: -float(parts[1]))
+    used, tp, points = set(), 0, []
+    fp = 0
+    for name, _, *corners in rows:
+        b, best, place = [float(v) for v in corners], -np.inf, None
+        for k, (g, hard) in enumerate(objects.get(name, [])):
+            w, h = min(b[2], g[2]) - max(b[0], g[0]) + one, min(b[3], g[3]) - max(b[1], g[1]) + one
+            inter = max(w, 0.0) * max(h, 0.0)
+            sides = [(v[2] - v[0] + one) * (v[3] - v[1] + one) for v in (b, g)]
+            iou = inter / (sides[0] + sides[1] - inter)
+            if iou > best:
+                best, place = iou, (name, k, hard)
+        if best > 0.5:
+            if place[2]:
+                continue
+            tp, fp = (tp, fp + 1) if place in used else (tp + 1, fp)
+            used.add(place)
+        else:
+            fp += 1
+        points.append((tp / total, tp / (tp + fp)))
+    ap = 0.0
+    for t in np.arange(0, 1.1, 0.1):
+        ap += max([p for r, p in points if r >= t], default=0.0) / 11.0
+    return ap
+
+
+@pytest.mark.parametrize("preset", ["py-faster-rcnn", "detectron2", "ssd.pytorch"])
+def test_presets_equal_their_tools_on_text_files(preset):
+    rng, scored, moved = np.random.default_rng(7), 0, 0
+    for _ in range(60):
+        found, truth = random_case(rng)
+        found.box, truth.box = 10 * found.box, 10 * truth.box
+        like = rng.integers(0, max(1, len(truth.box)), len(found.box))
+        if len(truth.box):
+            found.box = truth.box[like].copy()
+            found.box[:, 2] -= rng.choice([0, 0.5], len(like)) * (found.box[:, 2] - found.box[:, 0])  # IoU .5
+            found.box += rng.choice([0, 0.05, 0.15, -0.05, 1], found.box.shape)  # halves of a printed decimal
+            found.image, found.label = truth.image[like], truth.label[like]
+        found.score = rng.integers(1, 4000, len(found.box)) / 4000
+        stats = match(found, truth, 4, 3, convention=PRESETS[preset])
+        plain = class_ap(match(found, truth, 4, 3))["AP"][0]
+        for c, value in enumerate(class_ap(stats)["AP"][0]):
+            expected = text_file_ap(found, truth, ["a", "b", "c", "d"], c, preset)
+            assert np.isnan(value) if expected is None else value == expected
+            scored += expected is not None
+            moved += expected is not None and value != plain[c]
+    assert scored > 100 and moved > 20
+
+
+def test_printed_decimals():
+    values = np.concatenate([np.arange(0, 400) / 20, np.random.default_rng(0).uniform(-5, 500, 2000)])
+    for digits in (1, 3):
+        assert as_printed(values, digits).tolist() == [float(f"{v:.{digits}f}") for v in values.tolist()]
+    assert as_printed(np.array([12.35, 0.25]), 1).tolist() == [12.3, 0.2]

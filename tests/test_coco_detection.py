@@ -95,7 +95,7 @@ def random_case(rng, images=4, classes=3, most=60):
 def test_equals_pycocotools():
     rng = np.random.default_rng(0)
     with_ignored = 0
-    for _ in range(60):
+    for _ in range(40):
         found, truth = random_case(rng)
         stats = coco.match(found, truth, 4, 3)
         expected, summary = oracle(found, truth, 4, 3)
@@ -107,7 +107,7 @@ def test_equals_pycocotools():
         ours = np.nan_to_num([float(np.squeeze(v)) for v in values], nan=-1)
         np.testing.assert_allclose(ours, summary[:6], rtol=0, atol=1e-9)
         with_ignored += int((stats["coco_mark"] == -1).any())
-    assert with_ignored > 40
+    assert with_ignored > 25
 
 
 def test_weights_are_repeated_images():

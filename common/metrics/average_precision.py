@@ -82,7 +82,7 @@ def match(
     image, label, score = found.image[order], found.label[order], score[order]
     box = np.asarray(found.box, np.float64).reshape(-1, 4)[order] + np.asarray(convention.found_shift)
     if convention.box_digits is not None:
-        box = np.round(box, convention.box_digits)
+        box = as_printed(box, convention.box_digits)
 
     group = truth.image.astype(np.int64) * classes + truth.label
     by_group = np.argsort(group, kind="stable")
@@ -113,9 +113,18 @@ def ranked(found: Boxes, convention: Convention = PRESETS["voc-devkit"]) -> tupl
     """The order of `match`'s rows, by class and falling score, as indices (k,); and the scores it compares, (k,)."""
     score = np.asarray(found.score, np.float64)
     if convention.score_digits is not None:
-        score = np.round(score, convention.score_digits)
+        score = as_printed(score, convention.score_digits)
     score = score.astype(np.float32)
     return np.lexsort((-score, found.label)), score
+
+
+def as_printed(values: np.ndarray, digits: int) -> np.ndarray:
+    """What is read back after printing with so many decimals. Of halves it depends on their binary digits."""
+    scaled = values * 10.0**digits
+    found = np.rint(scaled) / 10.0**digits
+    half = np.abs(scaled - np.floor(scaled) - 0.5) < 1e-6
+    found[half] = [float(f"{value:.{digits}f}") for value in values[half].tolist()]
+    return found
 
 
 def most_overlapped(
