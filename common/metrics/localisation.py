@@ -7,6 +7,8 @@ import numpy as np
 from common.metrics.classification import weighted_mean
 
 IOU_RIGHT = 0.5  # a box is right when its IoU with a true box is *above* this (paper, appendix B)
+BOX_IOUS = (0.3, 0.5, 0.7)  # what MaxBoxAccV2 averages over; there IoU *at* the value is right
+GREYS = 255  # thresholds that tell 256 grey values apart
 
 
 def iou(first: np.ndarray, second: np.ndarray, plus_one: bool = False) -> np.ndarray:
@@ -40,18 +42,53 @@ def best_iou(boxes: np.ndarray, truths: Sequence[np.ndarray], plus_one: bool = F
 
 
 def rescore(images: Mapping[str, np.ndarray], weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """ "Top-1 Loc", "GT-known Loc" and "top-1", as fractions, each (R,); weights (R, n) or None.
+    """The scores as fractions, each (R,); weights (R, n) or None.
 
     Per image: `rank` of the true class (0: highest score), `iou_top1` and `iou_gt`, the largest IoU of the
-    box from the predicted and from the true class's map. Top-1 Loc asks for the right class and IoU > .5
-    (paper, appendix B); GT-known Loc for IoU > .5 when the class is told.
+    box from the predicted and from the true class's map. "Top-1 Loc" asks for the right class and IoU > .5
+    (paper, appendix B); "GT-known Loc" for IoU > .5 when the class is told; "top-1" for the class alone.
+
+    With `num_classes` (any shape, one value) above 5, "Top-5 Loc": the true class is among the five best and the
+    box of *its* map has IoU > .5, ILSVRC's rule for five guesses of a class and a box each; and "top-5".
+
+    With `right_by_grey` (n, 4, 32), see `pack_right`, "MaxBoxAcc" and "MaxBoxAccV2" (Choe et al. 2020): the mean over
+    the images at the one threshold that is best for them all, of the largest contour at IoU .5; of any contour, the
+    mean of that at IoU .3, .5 and .7.
     """
-    top1 = np.asarray(images["rank"]) == 0
-    return {
+    rank, known = np.asarray(images["rank"]), np.asarray(images["iou_gt"]) > IOU_RIGHT
+    top1 = rank == 0
+    scores = {
         "Top-1 Loc": weighted_mean(top1 & (np.asarray(images["iou_top1"]) > IOU_RIGHT), weights),
-        "GT-known Loc": weighted_mean(np.asarray(images["iou_gt"]) > IOU_RIGHT, weights),
+        "GT-known Loc": weighted_mean(known, weights),
         "top-1": weighted_mean(top1, weights),
     }
+    if np.max(images.get("num_classes", 0), initial=0) > 5:
+        scores["Top-5 Loc"] = weighted_mean((rank < 5) & known, weights)
+        scores["top-5"] = weighted_mean(rank < 5, weights)
+    if "right_by_grey" in images:
+        largest, *any_contour = (
+            threshold_curve(images["right_by_grey"][:, row], weights).max(1)
+            for row in range(1 + len(BOX_IOUS))
+        )
+        scores |= {"MaxBoxAcc": largest, "MaxBoxAccV2": np.mean(any_contour, axis=0)}
+    return scores
+
+
+def pack_right(right: np.ndarray) -> np.ndarray:
+    """bool (…, 4, 255) → uint8 (…, 4, 32): whether a box is right at each of 255 thresholds.
+
+    Rows: the largest contour at IoU .5, then any contour at .3, .5, .7.
+    """
+    return np.packbits(right, axis=-1)
+
+
+def threshold_curve(packed: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Share of images that are right at each threshold: one row's bits uint8 (n, 32) → float64 (R, 255)."""
+    right = np.unpackbits(packed, axis=-1, count=GREYS).astype(np.float64)
+    weights = np.ones((1, len(right))) if weights is None else np.asarray(weights, np.float64)
+    total = weights.sum(1, keepdims=True)
+    found = weights @ right
+    return np.divide(found, total, out=np.full(found.shape, np.nan), where=total > 0)
 
 
 def shuffled_chance(
