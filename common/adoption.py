@@ -19,7 +19,7 @@ from common.data.cache import cache_folder
 from common.data.decode import Fit, read_rgb
 from common.data.types import hash_order
 from common.files import digest, read_json, write_json
-from common.trunk import STAGES, Trunk, normalise
+from common.trunk import STAGES, normalise
 
 PROTOCOL = 1  # raise it when the meaning of a number below changes
 IMAGES, CHUNK, LARGEST = 64, 16, 224
@@ -29,7 +29,7 @@ CLEARLY = 0.7  # another reading fits clearly better below this share of the giv
 ANYHOW = 0.25  # … if it is near, or below this share wherever it lies
 ALIKE = 0.9  # a reading cannot be told from one whose distance is at least this share of its own
 FURTHEST = 3.0  # a channel's distance counts at most as much: dead channels have any
-COLLAPSED = 0.01  # spread of layer4 below which the features hardly depend on the image
+COLLAPSED = 0.003  # spread of layer4 below which the features hardly depend on the image
 CAFFE_MEAN = (0.485, 0.458, 0.408)  # 123.68, 116.779, 103.939 of 255
 
 
@@ -68,13 +68,14 @@ def bn_distances(
     A channel's distance is |m − μ|/σ + |ln(s/σ)| of its batch mean and deviation m, s and the stored μ, σ, at most
     `FURTHEST`; a layer's is the mean over its channels. The body is in eval mode; nothing of it changes.
     """
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable:
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].double()
-            moments = [x.new_tensor(x.numel() // x.shape[1]), x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]
-            sums[name] = [a + b for a, b in zip(sums[name], moments)] if name in sums else moments
+            var, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+            mean = mean.double()
+            moments = len(inputs[0]) * torch.stack([torch.ones_like(mean), mean, var + mean**2])
+            sums[name] = sums.get(name, 0) + moments
 
         return hook
 
@@ -89,7 +90,7 @@ def bn_distances(
     found = {}
     for name, (count, total, squares) in sums.items():
         norm = norms[name]
-        mean = total / count
+        mean = total / count  # of images: all have the same size
         deviation = ((squares / count - mean**2).clamp(min=0) + norm.eps).sqrt()
         sigma = (norm.running_var.double() + norm.eps).sqrt()
         far = (mean - norm.running_mean.double()).abs() / sigma + (deviation / sigma).log().abs()
@@ -125,9 +126,8 @@ def measure(backbone: Backbone, images: np.ndarray, device: torch.device) -> dic
     def prepared(reading: Reading) -> Iterable[Tensor]:
         for batch in batches:
             x = normalise(batch, reading.mean, reading.std)
-            yield (
-                x if reading.bgr == backbone.bgr else x.flip(1)
-            )  # a BGR backbone's first layer is flipped already
+            same = reading.bgr == backbone.bgr  # the first layer of a BGR backbone is reversed already
+            yield x if same else x.flip(1)
 
     given = Reading("the given input", backbone.mean, backbone.std, backbone.bgr)
     known = [r for r in READINGS if not _same(r, given)]
@@ -137,15 +137,24 @@ def measure(backbone: Backbone, images: np.ndarray, device: torch.device) -> dic
         layers = bn_distances(lambda x: trunk.run(x, stop="layer1"), trunk, prepared(reading))
         inputs.append({"name": reading.name, "distance": _mean(layers), "flags": reading.flags})
     fitting = min((given, *known), key=lambda r: next(i["distance"] for i in inputs if i["name"] == r.name))
+    pooled: list[dict[str, Tensor]] = []
+
+    def look(x: Tensor) -> None:
+        pooled.append({k: v.mean((2, 3)) for k, v in trunk.features(x, STAGES).items()})
+
     strides = []
     if trunk.has_1x1:
-        wanted = [f"{stage}.0.bn2" for stage in STAGES[2:]]
-        names = ["3x3", "1x1"] if not backbone.stride_in_1x1 else ["1x1", "3x3"]
-        for name in names:
-            layers = bn_distances(trunk, trunk, prepared(fitting))
-            strides.append({"name": name, "distance": _mean({k: layers[k] for k in wanted})})
+        behind = [f"{stage}.0.bn2" for stage in STAGES[2:]]
+        for name in ("1x1", "3x3") if backbone.stride_in_1x1 else ("3x3", "1x1"):
+            layers = bn_distances(trunk if strides else look, trunk, prepared(fitting))
+            strides.append({"name": name, "distance": _mean({k: layers[k] for k in behind})})
             trunk.swap_strides()
-    stages = _spread(trunk, prepared(given))
+    if fitting is not given or not pooled:
+        pooled.clear()
+        with torch.inference_mode():
+            for x in prepared(given):
+                look(x)
+    stages = {stage: _spread(torch.cat([p[stage] for p in pooled])) for stage in STAGES}
     report = {
         "images": len(images),
         "size": images.shape[1],
@@ -170,16 +179,11 @@ def _images(train_set: Any, size: int) -> np.ndarray:
     return np.stack([fit(read(i)) for i in hash_order(train_set.ids)[:IMAGES]])
 
 
-@torch.inference_mode()
-def _spread(trunk: Trunk, batches: Iterable[Tensor]) -> dict[str, dict[str, float]]:
-    pooled = [{k: v.mean((2, 3)) for k, v in trunk.features(x, STAGES).items()} for x in batches]
-    found = {}
-    for stage in STAGES:
-        features = torch.cat([p[stage] for p in pooled]).double()
-        spread = features.std(0, correction=0).mean() / features.abs().mean().clamp(min=1e-12)
-        dead = (features == 0).all(0).double().mean()
-        found[stage] = {"spread": round(float(spread), 3), "dead": round(float(dead), 3)}
-    return found
+def _spread(features: Tensor) -> dict[str, float]:
+    features = features.double()
+    spread = features.std(0, correction=0).mean() / features.abs().mean().clamp(min=1e-12)
+    dead = (features == 0).all(0).double().mean()
+    return {"spread": round(float(spread), 3), "dead": round(float(dead), 3)}
 
 
 def _judge(report: dict[str, Any]) -> dict[str, list[str]]:

@@ -140,7 +140,7 @@ def test_collapsed_features_are_reported(images):
 
 
 def test_leaves_the_backbone_and_the_random_state_alone(images):
-    trunk = calibrated("resnet50")
+    trunk = Trunk("resnet50")
     state = {k: v.clone() for k, v in trunk.state_dict().items()}
     before = torch.random.get_rng_state()
     measure(backbone_of(trunk), images[:16], CPU)
