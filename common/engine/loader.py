@@ -1,6 +1,6 @@
 """Micro-batches by position: iteration and micro-batch number say which images, with which random streams."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,8 +57,12 @@ class MicroBatches(Dataset):
         return self.data.batch([index for _, index in draws], Streams(self.seed, draws))
 
 
-def make_loader(batches: MicroBatches, positions: Positions, workers: int, pin: bool) -> DataLoader:
-    """A loader over `positions`; the batches are the same for any number of workers."""
+def make_loader(
+    batches: MicroBatches, positions: Positions, workers: int, pin: bool
+) -> Iterable[dict[str, Any]]:
+    """The batches at `positions`, the same for any number of workers."""
+    if not workers and not pin:
+        return map(batches.__getitem__, positions)
     return DataLoader(
         batches,
         batch_size=None,

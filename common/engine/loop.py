@@ -121,7 +121,8 @@ class _Training:
         self.wrapper = wrap(make_optimizer(model, recipe, groups), recipe, device, share)
         self.schedulers = make_schedulers(self.wrapper, recipe, len(data))
         self.wrapped = _distributed(model, device)
-        self.iteration, self.seconds, self.processes = 0, 0.0, [world()]
+        self.iteration, self.processes = 0, [world()]
+        self.seconds, self.clock = 0.0, time.monotonic()
         self.names: list[str] = []
         self.rows: np.ndarray | None = None  # logged values (micro-batch, name) since the last log line
         self.pending: list[list[Tensor]] = []  # the same of the latest micro-batches, still on the device
@@ -163,7 +164,7 @@ class _Training:
         positions = Positions(self.iteration, self.iterations, self.micros)
         batches = iter(make_loader(self.batches, positions, self.workers, pin=self.device.type == "cuda"))
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        clock = saved_at = time.monotonic()
+        self.clock = saved_at = time.monotonic()
         bar = progress(desc=desc, total=self.iterations, initial=self.iteration, unit="it")
         try:
             while self.iteration < self.iterations:
@@ -172,29 +173,32 @@ class _Training:
                 for scheduler in self.schedulers:
                     scheduler.step()
                 self.iteration += 1
-                now = time.monotonic()
-                self.seconds, clock = self.seconds + now - clock, now
                 bar.update()
                 last = self.iteration == self.iterations
                 logging = last or self.iteration % self.recipe.log_every == 0
                 if logging:
                     self._log(bar)
+                self._tick()
                 if self.evaluate and (last or (self.every and self.iteration % self.every == 0)):
                     self._evaluate()
-                    clock = time.monotonic()
+                    self.clock = time.monotonic()
                 if not logging and world() > 1:
                     continue  # several processes stop and save together, where they have just agreed on the loss
                 if self._should_stop():
                     self.save()
                     _barrier()
                     raise SystemExit(REQUEUE)
-                if now - saved_at > self.recipe.save_every and not last:
+                if self.clock - saved_at > self.recipe.save_every and not last:
                     self.save()
                     saved_at = time.monotonic()
         finally:
             bar.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def _micro_step(self, batch: dict[str, Any], micro: int) -> None:
         rng, torch_seed = stream_and_seed(STEP, self.seed, self.iteration, micro)
@@ -238,6 +242,7 @@ class _Training:
 
     def _log(self, bar: Any) -> None:
         total, count = self._total()
+        self._tick()  # after the wait for the device
         self.rows = None
         if not is_main():
             return

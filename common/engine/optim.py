@@ -58,19 +58,22 @@ def make_schedulers(optimizer: Any, recipe: Recipe, images: int) -> list:
     return made
 
 
-class _ClipsQuietly:
-    """mmengine's clipping asks for the norm, to log it: that waits for the device at every step."""
+class _Quiet:
+    """mmengine's wrapper without its waits: its clipping asks for the norm, to log it, at every step."""
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self._accumulative_counts == 1 else super().scale_loss(loss)
 
     def _clip_grad(self) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, **self.clip_grad_kwargs)
 
 
-class _Wrapper(_ClipsQuietly, OptimWrapper):
+class _Wrapper(_Quiet, OptimWrapper):
     pass
 
 
-class _AmpWrapper(_ClipsQuietly, AmpOptimWrapper):
+class _AmpWrapper(_Quiet, AmpOptimWrapper):
     pass
 
 

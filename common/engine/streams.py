@@ -21,17 +21,13 @@ def stream(use: int, *key: int) -> Generator:
 
 def torch_seed(use: int, *key: int) -> int:
     """A seed for torch's global generator, from the same kind of key."""
-    return _torch_seed(SeedSequence((use, *key)))
+    return int(SeedSequence((use, *key)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def stream_and_seed(use: int, *key: int) -> tuple[Generator, int]:
-    """`stream` and `torch_seed` of one key, at the price of one."""
-    sequence = SeedSequence((use, *key))
-    return Generator(PCG64(sequence)), _torch_seed(sequence)
-
-
-def _torch_seed(sequence: SeedSequence) -> int:
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    """`stream` and `torch_seed` of one key, at the price of one: a state's first word is the same at any length."""
+    words = SeedSequence((use, *key)).generate_state(4, np.uint64)
+    return Generator(PCG64(_Known(words))), int(words[0] >> 1)
 
 
 class Streams(Sequence):
