@@ -11,7 +11,9 @@ from torch import nn
 from common.adoption import READINGS, adoption_report, adoption_text, bn_distances, measure
 from common.backbone import Backbone, body_fingerprint, load_backbone, save_backbone
 from common.data import open_classification
+from common.data.decode import Fit
 from common.data.types import CaptionSet
+from common.errors import UserError
 from common.trunk import Classifier, Trunk, normalise
 
 CPU = torch.device("cpu")
@@ -162,3 +164,57 @@ def test_kept_for_the_same_weights_data_and_size(class_folders, monkeypatch):
     assert adoption_report(backbone, train_set, CPU, 224) == report  # kept: nothing is read
     text = adoption_text(report)
     assert READINGS[4].name in text and "spread of layer4" in text
+
+
+def test_goes_into_the_run(class_folders, tmp_path):
+    from common.transfer import open_transfer, transfer_parser
+    from wsol.recipes import RECIPES
+
+    trunk = calibrated("resnet18_half")
+    train_set, test_set = open_classification(f"folder:{class_folders}", None, False)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    fit = Fit(64, 64, short=73)
+    with torch.no_grad():
+        x = torch.from_numpy(np.stack([fit(train_set.read(i)) for i in range(18)]))
+        trunk.train()(normalise(x, READINGS[0].mean, READINGS[0].std))
+    save_backbone(tmp_path / "x.pt", Classifier(trunk, 3), arch="resnet18_half", size=64)
+
+    def opened(out: str, *more: str):
+        command = [
+            "--backbone",
+            str(tmp_path / "x.pt"),
+            "--data",
+            f"folder:{class_folders}",
+            "--device",
+            "cpu",
+        ]
+        args = transfer_parser("", RECIPES, "").parse_args([*command, "--out", str(tmp_path / out), *more])
+        recipe = RECIPES["smoke"]
+        reader = lambda *_: (train_set, test_set)  # noqa: E731
+        return open_transfer(args, task="wsol", model="cam", recipe=recipe, settings=[], reader=reader)
+
+    right = opened("right")
+    wrong = opened("wrong", "--input-mean", "0,0,0", "--input-std", "1,1,1")
+    assert not any("backbone" in note for note in right.run.notes)
+    assert any(line.startswith(f"{READINGS[0].name} fits") for line in right.run.facts["backbone"]["report"])
+    (note,) = [note for note in wrong.run.notes if "backbone" in note]
+    assert "fits these weights better than RGB 0 to 1" in note
+    report = json.loads((wrong.run.folder / "adoption.json").read_text())
+    assert report["inputs"][0]["name"] == "RGB 0 to 1" and report["warnings"][0] in note
+    assert right.run.keys["train"] != wrong.run.keys["train"]
+    scratch = opened("scratch", "--backbone", "scratch:resnet18_half")
+    assert not (scratch.run.folder / "adoption.json").exists()
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--input-mean", "1,2"), ("--input-std", "0,1,1"), ("--input-mean", "a,b,c")]
+)
+def test_refuses_what_is_no_normalisation(option, value):
+    from common.transfer import reading, transfer_parser
+    from wsol.recipes import RECIPES
+
+    args = transfer_parser("", RECIPES, "").parse_args(["--backbone", "x", option, value])
+    with pytest.raises(UserError, match=f"{option} {value}: three numbers"):
+        reading(args)
