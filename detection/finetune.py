@@ -36,8 +36,9 @@ from detection.data import TrainViews
 from detection.detect import predict
 from detection.faster_rcnn import FasterRCNN, parameter_groups
 from detection.recipes import RECIPES, DetectionRecipe, FasterRCNNRecipe, SSDRecipe
-from detection.report import cell_statistics, finish, percent, scores
+from detection.report import finish
 from detection.results import write_results
+from detection.scores import cell_statistics, percent, scores
 from detection.ssd import SSD300, ssd_loss
 
 TASK = "detection"
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.eval_only or not run.done("predict"):
             with run.stage("predict", files=["predictions.json"]):
                 found = predict(model, test_set, recipe, device)
-                write_results(run.folder / "predictions.json", found, test_set.ids)
+                write_results(run.folder / "predictions.json", found, test_set.ids, test_set.categories)
         metrics = finish(run, train_set, test_set, device, cost)
         print(f"mAP {percent(metrics['mAP'])} % → {run.folder}")
     return 0

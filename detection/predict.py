@@ -20,7 +20,6 @@ import common  # noqa: F401  first, before torch
 
 import argparse
 import colorsys
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.data.decode import read_headers, read_rgb
+from common.data.pictures import find_pictures, picture_names, write_jpeg
 from common.data.types import DetectionSet
 from common.engine import pick_device
 from common.errors import UserError, run_main
-from common.files import make_folder, write_atomic, write_json
+from common.files import make_folder, write_json
 from detection.build import load_detector
 from detection.detect import predict
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             for k in rows
         ]
         picture = draw_boxes(read_rgb(path, frame=images.sizes[i]), objects, classes)
-        write_picture(out / name, picture)
+        write_jpeg(out / name, picture)
         size = dict(zip(("width", "height"), images.sizes[i].tolist()))
         records.append({"image": str(path), **size, "drawn": name, "objects": objects})
         print(f"{path}: {summary(objects)}")
@@ -87,7 +85,7 @@ def open_pictures(given: Sequence[Path], classes: Sequence[str]) -> DetectionSet
 
     Raises UserError for a path that is not there, a folder without pictures, and a file that is no picture.
     """
-    paths = [path for one in given for path in _expand(one.expanduser())]
+    paths = find_pictures(given)
     headers = read_headers(paths)
     for path, (width, _, _) in zip(paths, headers):
         if not width:
@@ -97,36 +95,13 @@ def open_pictures(given: Sequence[Path], classes: Sequence[str]) -> DetectionSet
     return DetectionSet(
         name="pictures",
         classes=list(classes),
-        ids=_names(paths),
+        ids=picture_names(paths),
         paths=paths,
         sizes=np.where(turned, headers[:, 1::-1], headers[:, :2]),
         boxes=[np.zeros((0, 4), np.float32)] * len(paths),
         labels=[none] * len(paths),
         difficult=[none.astype(bool)] * len(paths),
     )
-
-
-def _expand(path: Path) -> list[Path]:
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not inside:
-            raise UserError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
-        return inside
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return [path]
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """A name to draw each picture into: its own with .jpg; of equal ones the later get a number."""
-    names: dict[str, Path] = {}
-    for path in paths:
-        name, number = f"{path.stem}.jpg", 1
-        while name in names:
-            number += 1
-            name = f"{path.stem}-{number}.jpg"
-        names[name] = path
-    return list(names)
 
 
 def summary(objects: Sequence[dict[str, Any]]) -> str:
@@ -160,13 +135,6 @@ def class_colour(label: int, classes: int) -> tuple[int, int, int]:
     """A colour for a class: hues evenly apart, dark enough for white letters."""
     red, green, blue = colorsys.hls_to_rgb(label / max(1, classes), 0.38, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a JPEG, whole or not at all."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=92)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.backbone import save_backbone
 from common.data import open_detection
@@ -17,6 +18,8 @@ from common.metrics.average_precision import Boxes
 from common.recipe import override
 from common.trunk import Classifier, Trunk
 from detection import evaluate, finetune
+from detection import predict as predict_script
+from detection.build import load_detector
 from detection.data import TrainViews
 from detection.detect import predict
 from detection.faster_rcnn import FasterRCNN
@@ -301,14 +304,160 @@ class TestFinetune:
 
     def test_recipe_fields(self):
         for recipes in RECIPES.values():
-            assert list(recipes) == ["smoke", "tiny", "mini", "paper"]
+            assert list(recipes)[:4] == ["smoke", "tiny", "mini", "paper"]
             for recipe in recipes.values():
                 recipe.check()
         for setting in ("expand=0.5", "nms=0", "freeze=layer9", "top=0"):
             with pytest.raises(UserError):
                 override(SMOKE_SSD, [setting])
-        with pytest.raises(UserError):
-            override(SMOKE_FRCNN, ["short_side=2000"])
+        for setting in ("short_side=2000", "short_sides=80,2000", "neck=c5", "neck=fpn", "anchors=0"):
+            with pytest.raises(UserError):
+                override(SMOKE_FRCNN, [setting])
+        with pytest.raises(UserError, match="head_bn"):
+            override(RECIPES["faster_rcnn"]["fpn"], ["head_bn=true"])
+
+    def test_rate_follows_the_batch(self, devkit, backbone, tmp_path, capsys):
+        assert finetune.main(finetune_args(devkit, backbone, tmp_path, "ssd300", "--set", "batch=4")) == 0
+        (cell,) = tmp_path.rglob("cell.json")
+        assert json.loads((cell.parent / "recipe.json").read_text())["recipe"]["lr"] == 2 * SMOKE_SSD.lr
+        line = "batch 2 → 4: lr scaled with it, 0.002 → 0.004"
+        assert line in capsys.readouterr().out
+        assert any(note.startswith(line) for note in json.loads(cell.read_text())["notes"])
+        for settings in (["batch=4", "lr=0.002"], ["batch=2"], ["iterations=9"]):
+            recipe = override(SMOKE_SSD, settings)
+            assert finetune.scale_rate(SMOKE_SSD, recipe, settings) == (recipe, "")
+
+    def test_evaluates_during_training_and_changes_nothing(self, devkit, backbone, tmp_path):
+        logs, weights = {}, []
+        for out, more in (("a", ()), ("b", ("--every", "1"))):
+            assert finetune.main(finetune_args(devkit, backbone, tmp_path / out, "faster_rcnn", *more)) == 0
+            (log,) = (tmp_path / out).rglob("log.jsonl")
+            logs[out] = [json.loads(line) for line in log.read_text().splitlines()]
+            weights.append(torch.load(log.parent / "weights.pt")["model"])
+            assert not (log.parent / "best.pt").exists()
+        assert [line["iteration"] for line in logs["b"] if "eval" in line] == [1, 2]
+        assert set(logs["b"][-1]["eval"]) >= {"mAP", "mAP_area"} and not any("eval" in x for x in logs["a"])
+        assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+    def test_eval_only(self, devkit, backbone, tmp_path):
+        arguments = finetune_args(devkit, backbone, tmp_path, "ssd300")
+        with pytest.raises(UserError, match="no finished training"):
+            finetune.main([*arguments, "--eval-only"])
+        assert finetune.main(arguments) == 0
+        (cell,) = tmp_path.rglob("cell.json")
+        before = {name: (cell.parent / name).read_bytes() for name in ("predictions.json", "images.npz")}
+        weights = (cell.parent / "weights.pt").stat().st_mtime_ns
+        (cell.parent / "model.json").unlink()
+        (cell.parent / "predictions.json").write_text("[]")
+        assert finetune.main([*arguments, "--eval-only"]) == 0
+        assert (cell.parent / "weights.pt").stat().st_mtime_ns == weights
+        assert before == {name: (cell.parent / name).read_bytes() for name in before}
+        assert (cell.parent / "model.json").exists()
+
+    @pytest.mark.parametrize("settings", [("neck=fpn", "anchors=8,16,32,64,128"), ("head_bn=true",)])
+    def test_variants_of_faster_rcnn(self, devkit, backbone, tmp_path, settings):
+        small = ("fpn_width=16", "head_width=32", "short_sides=64,80,96", "decay_biases=true", *settings)
+        more = [part for setting in small for part in ("--set", setting)]
+        assert finetune.main(finetune_args(devkit, backbone, tmp_path, "faster_rcnn", *more)) == 0
+        (cell,) = tmp_path.rglob("cell.json")
+        model, recipe, classes = load_detector(cell.parent)
+        assert recipe.short_sides == (64, 80, 96) and classes == ["ball", "cube"]
+        assert model.neck == recipe.neck
+
+
+class TestNanGuard:
+    def test_names_image_and_box(self, devkit, backbone, tmp_path, monkeypatch):
+        def spoil(recipe):
+            return lambda model, batch, rng: {"loss_box": model(batch["images"])[0].sum() * float("nan")}
+
+        monkeypatch.setitem(finetune.STEPS, "ssd300", spoil)
+        with pytest.raises(UserError, match=r"not finite .*00000\d \(smallest box: (ball|cube) \d"):
+            finetune.main(finetune_args(devkit, backbone, tmp_path, "ssd300"))
+
+    @pytest.mark.parametrize("recipe", [SMOKE_SSD, SMOKE_FRCNN])
+    @pytest.mark.parametrize("bad", [[5, 5, 5, 9], [4, 4, np.nan, 9]])
+    def test_refuses_a_box_without_area(self, devkit, backbone, recipe, bad):
+        images = open_detection(f"voc:{devkit}")[0]
+        images.boxes[2] = np.array([[0, 0, 40, 40], bad], np.float32)
+        images.labels[2] = np.array([0, 1])
+        images.difficult[2] = np.zeros(2, bool)
+        data = TrainViews(images, replace(recipe, **({"crop": False} if recipe is SMOKE_SSD else {})), MEAN)
+        with pytest.raises(UserError, match=r"000002.jpg: 000002 \(smallest box: cube "):
+            data.batch([2], [np.random.default_rng(0)])
+
+
+class TestShortSides:
+    def test_are_drawn(self, devkit, backbone):
+        recipe = replace(SMOKE_FRCNN, short_sides=(48, 60, 96), long_side=200)
+        data = TrainViews(open_detection(f"voc:{devkit}")[0], recipe, MEAN)
+        sides = [min(data.batch([0], [np.random.default_rng(k)])["sizes"][0]) for k in range(20)]
+        assert set(sides) == {48, 60, 96}
+
+
+class TestPredict:
+    @pytest.fixture
+    def trained(self, devkit, backbone, tmp_path):
+        assert finetune.main(finetune_args(devkit, backbone, tmp_path / "runs", "ssd300")) == 0
+        (cell,) = (tmp_path / "runs").rglob("cell.json")
+        return cell.parent
+
+    def test_draws_and_writes(self, trained, devkit, tmp_path, capsys):
+        """The same detections as the run's own of its test images; turned pictures come upright."""
+        turned = Image.open(devkit / "JPEGImages/000006.jpg").rotate(90, expand=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        turned.save(tmp_path / "turned.png", exif=exif)
+        out = tmp_path / "out"
+        arguments = ["--run", str(trained), "--out", str(out), "--score", "0.02", "--device", "cpu"]
+        arguments += [str(devkit / "JPEGImages"), str(tmp_path / "turned.png")]
+        assert predict_script.main(arguments) == 0
+        records = json.loads((out / "detections.json").read_text())
+        assert [record["drawn"] for record in records] == [*(f"{k:06d}.jpg" for k in range(10)), "turned.jpg"]
+        results = json.loads((trained / "predictions.json").read_text())
+        wanted = [one for one in results if one["image_id"] == "000007" and one["score"] >= 0.02]
+        objects = records[7]["objects"]
+        assert len(objects) == len(wanted) > 0
+        for one, other in zip(objects, wanted):
+            x, y, w, h = other["bbox"]
+            assert one["class"] == ("ball", "cube")[other["category_id"] - 1]
+            assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+            assert one["box"] == pytest.approx([x, y, x + w, y + h], abs=0.03)
+        assert (records[10]["width"], records[10]["height"]) == (80, 60)
+        for record in records:
+            drawn = Image.open(out / record["drawn"])
+            assert drawn.size == (record["width"], record["height"])
+        plain = np.asarray(Image.open(devkit / "JPEGImages/000007.jpg")).astype(int)
+        drawn = np.asarray(Image.open(out / "000007.jpg")).astype(int)
+        assert np.abs(drawn - plain).mean() > 3
+        assert "objects of score 0.02 or more in 11 pictures" in capsys.readouterr().out
+
+    def test_bad_input(self, trained, devkit, tmp_path):
+        picture = str(devkit / "JPEGImages/000006.jpg")
+        (tmp_path / "note.jpg").write_text("no picture")
+        (tmp_path / "empty").mkdir()
+        for run, given, message in (
+            (trained.parent, picture, "no weights.pt in it; did you mean .*seed0"),
+            (tmp_path / "none", picture, "no weights.pt in it; give the folder"),
+            (trained, str(tmp_path / "note.jpg"), "note.jpg: not a readable image"),
+            (trained, str(tmp_path / "gone.jpg"), "gone.jpg: no such file"),
+            (trained, str(tmp_path / "empty"), "no picture in this folder"),
+        ):
+            with pytest.raises(UserError, match=message):
+                predict_script.main(["--run", str(run), given, "--out", str(tmp_path / "o")])
+        with pytest.raises(UserError, match="--score 2"):
+            predict_script.main(["--run", str(trained), picture, "--score", "2"])
+        facts = json.loads((trained / "model.json").read_text())
+        for change, message in (
+            ({"format": "backbench-detector-9"}, "not of format"),
+            ({"recipe": {**facts["recipe"], "novel": 1}}, "fields novel are unknown"),
+            ({"classes": ["ball"]}, "not the weights of its model.json"),
+        ):
+            (trained / "model.json").write_text(json.dumps({**facts, **change}))
+            with pytest.raises(UserError, match=message):
+                load_detector(trained)
+        (trained / "model.json").unlink()
+        with pytest.raises(UserError, match="--eval-only"):
+            load_detector(trained)
 
 
 def test_predictions_do_not_depend_on_the_batch(devkit, backbone):
