@@ -6,8 +6,8 @@
 
 DETECTIONS is COCO result JSON (boxes are x, y, width, height), or a folder of VOC's text files, one a class:
 comp3_det_test_CLASS.txt with lines "image score xmin ymin xmax ymax" in 1-based pixels. A category_id is that of
-the annotations; of a VOC-layout set, and with --category-ids order, it is 1 + the class's place in the list of
-classes, as in this project's predictions.json.
+the annotations, as in this project's predictions.json; where these have none (VOC), or with --category-ids order, it
+is 1 + the class's place in the list of classes.
 """
 
 if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path

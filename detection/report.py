@@ -47,8 +47,8 @@ def finish(
     run: Run, train_set: DetectionSet, test_set: DetectionSet, device: torch.device, cost: Mapping[str, Any]
 ) -> dict[str, float | None]:
     """The score stage: statistics, scores and chance from predictions.json, then the finished cell."""
-    found = read_results(run.folder / "predictions.json", test_set.ids, len(test_set.classes))
     truth, names = truth_of(test_set), test_set.classes
+    found = read_results(run.folder / "predictions.json", test_set.ids, len(names), test_set.categories)
     stats = cell_statistics(found, test_set)
     metrics, baseline = scores(stats), chance(found, test_set)
     if metrics["mAP"] is None:
@@ -64,6 +64,7 @@ def finish(
         "iou": IOU,
         "convention": "voc-devkit",
         "classes": table,
+        "category_ids": test_set.categories or list(range(1, len(names) + 1)),
         "sizes": by_size(coco_stats),
         "mistakes": count_mistakes(stats, made),
         "mistake pictures": draw_mistakes(run.folder, made, test_set),

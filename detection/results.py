@@ -11,8 +11,8 @@ from common.files import read_json, write_text
 from common.metrics.average_precision import Boxes
 
 
-def write_results(path: Path, found: Boxes, ids: Sequence) -> None:
-    """Write COCO result JSON, one detection a line, `category_id` 1 + the class's index.
+def write_results(path: Path, found: Boxes, ids: Sequence, categories: Sequence[int] | None = None) -> None:
+    """Write COCO result JSON, one detection a line; `category_id` is 1 + the class's index, or that of `categories`.
 
     Boxes are rounded to .01 pixel, scores to six decimals; equal detections give equal bytes.
     """
@@ -20,9 +20,10 @@ def write_results(path: Path, found: Boxes, ids: Sequence) -> None:
     boxes = np.round(np.hstack([low, high - low]).astype(np.float64), 2).tolist()
     scores = np.round(found.score.astype(np.float64), 6).tolist()
     names = [json.dumps(i if isinstance(i, int) else str(i)) for i in ids]
+    numbers = (found.label + 1 if categories is None else np.asarray(categories)[found.label]).tolist()
     lines = [
-        f'{{"image_id":{names[i]},"category_id":{label + 1},"bbox":[{x},{y},{w},{h}],"score":{score}}}'
-        for i, label, (x, y, w, h), score in zip(found.image.tolist(), found.label.tolist(), boxes, scores)
+        f'{{"image_id":{names[i]},"category_id":{category},"bbox":[{x},{y},{w},{h}],"score":{score}}}'
+        for i, category, (x, y, w, h), score in zip(found.image.tolist(), numbers, boxes, scores)
     ]
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -59,9 +60,7 @@ def read_results(path: Path, ids: Sequence, classes: int, categories: Sequence[i
     bad |= label < 0
     if bad.any():
         k = int(bad.argmax())
-        named = (
-            f"1 to {classes}" if categories is None else f"one of {', '.join(map(str, categories[:12]))} …"
-        )
+        named = f"1 to {classes}" if categories is None else f"one of {', '.join(map(str, categories))}"
         raise UserError(
             f"{path}: detection {k + 1}: {entries[k]}; category_id is {named}, numbers are finite, "
             "width and height not negative"

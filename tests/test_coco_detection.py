@@ -191,6 +191,7 @@ def world(tmp_path):
 
 def test_instances(world):
     train, test = open_detection(f"coco:{world},year=2017")
+    assert train.categories == [3, 7, 90] == train.take([0]).categories and test.categories == [3, 7, 90]
     assert train.name == "things" and train.classes == test.classes == ["car", "bus", "brush"]
     assert train.ids == [5, 6] and [p.name for p in train.paths] == ["train5.jpg", "train6.jpg"]
     assert [b.tolist() for b in train.boxes] == [[[1.5, 2, 11.5, 22.25]], [[0, 0, 30, 40]]]
@@ -205,7 +206,8 @@ def test_instances(world):
     )
     assert apart[0].name == "x" and apart[0].fingerprint == train.fingerprint
     chosen, _ = open_detection(f"coco:{world},classes=brush+bus")
-    assert chosen.classes == ["brush", "bus"] and [c.tolist() for c in chosen.labels] == [[0], []]
+    assert chosen.classes == ["brush", "bus"] and chosen.categories == [90, 7]
+    assert [c.tolist() for c in chosen.labels] == [[0], []]
     assert chosen.report == [
         "1 × object of a class that classes= leaves out: dropped (first: instances_train2017.json annotations[1])",
         "1 × image without objects: kept, all background (first: train6.jpg)",

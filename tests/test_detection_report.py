@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from detection.mistakes import KINDS, count_mistakes, draw_mistakes, find_mistak
 from detection.recipes import RECIPES
 from detection.results import read_results, write_results
 
+CATEGORIES = [3, 7, 90]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -255,11 +257,11 @@ def test_a_cells_ap_is_pycocotools(tmp_path):
             continue
         found.score = rng.random(len(found.image)).round(1)  # many ties
         images = as_set(tmp_path, truth)
-        file = coco_json(tmp_path, scores.truth_of(images), [0, 1, 2, 3, 4], [1, 2, 3])
+        file = coco_json(tmp_path, scores.truth_of(images), [0, 1, 2, 3, 4], CATEGORIES)
         results = tmp_path / f"r{case}.json"
-        write_results(results, found, [0, 1, 2, 3, 4])
+        write_results(results, found, [0, 1, 2, 3, 4], CATEGORIES)
         expected, _ = pycoco(file, results)
-        read = read_results(results, images.ids, 3)
+        read = read_results(results, images.ids, 3, CATEGORIES)
         metrics = scores.scores(scores.cell_statistics(read, images))
         ours = [metrics[k] for k in ("AP", "AP50", "AP75")]
         np.testing.assert_allclose([-1 if v is None else v for v in ours], expected[:3], rtol=0, atol=1e-9)
@@ -273,7 +275,7 @@ def test_statistics_without_cocos_marks_are_still_read():
 
 def test_the_report_of_a_run(tmp_path):
     found, truth = random_case(np.random.default_rng(8), most=90)
-    images = as_set(tmp_path, truth)
+    images = replace(as_set(tmp_path, truth), categories=CATEGORIES)
     recipe = RECIPES["ssd300"]["smoke"]
     run = open_run(
         *(tmp_path / "run",),
@@ -284,7 +286,7 @@ def test_the_report_of_a_run(tmp_path):
     with run.stage("train", files=[]):
         pass
     with run.stage("predict", files=["predictions.json"]):
-        write_results(run.folder / "predictions.json", found, images.ids)
+        write_results(run.folder / "predictions.json", found, images.ids, CATEGORIES)
     cost = {"iterations": 1, "images": 1, "seconds": 0.0}
     metrics = report.finish(run, images, images, torch.device("cpu"), cost)
     cell = json.loads((run.folder / "cell.json").read_text())
@@ -296,13 +298,11 @@ def test_the_report_of_a_run(tmp_path):
     assert set(content["mistakes"]) == set(KINDS) and content["sizes"]["AP"]["AP"] == pytest.approx(
         metrics["AP"]
     )
+    assert content["category_ids"] == CATEGORIES
     text = (run.folder / "report.md").read_text()
     for name in ["precision_recall.svg", *content["mistake pictures"].values()]:
         assert f"]({name})" in text and (run.folder / name).stat().st_size > 200
     assert "| ant |" in text and "| localisation |" in text and "| small (area to 32²) |" in text
-
-
-CATEGORIES = [3, 7, 90]
 
 
 def test_evaluate_coco_annotations(tmp_path, capsys):

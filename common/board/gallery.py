@@ -136,9 +136,13 @@ def _positions(cell: Cell) -> dict[str, int]:
 
 
 def class_names(cell: Cell) -> list[str]:
-    """Names of the classes in the order of category ids, from report.json."""
+    """Names of the classes in their order, from report.json."""
+    return list(_report(cell).get("classes", {}))
+
+
+def _report(cell: Cell) -> dict[str, Any]:
     path = cell.folder / "report.json"
-    return list(json.loads(path.read_text(encoding="utf-8")).get("classes", {})) if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def detections(cell: Cell) -> Answer | None:
@@ -146,6 +150,7 @@ def detections(cell: Cell) -> Answer | None:
     predictions, positions, names = _predictions(cell), _positions(cell), class_names(cell)
     if predictions is None:
         return None
+    label_of = {category: c for c, category in enumerate(_report(cell).get("category_ids", []))}
     stats = cell.images()
     lowest = best_threshold(stats)
 
@@ -161,7 +166,7 @@ def detections(cell: Cell) -> Answer | None:
         found = [entry for entry in found if np.float32(entry["score"]) >= lowest][:MOST_BOXES]
         parts, right = [], 0
         for entry in reversed(found):
-            label = entry["category_id"] - 1
+            label = label_of.get(entry["category_id"], entry["category_id"] - 1)
             mark = marks.get((label, float(np.float32(entry["score"]))))
             style = {RIGHT: "right", IGNORED: "ignored"}.get(mark, "wrong")
             right += style == "right"

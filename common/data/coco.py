@@ -61,13 +61,13 @@ def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
         for part, report in zip(("train", "val"), reports)
     ]
     folders = [_image_folder(spec, root, part, read.file) for part, read in zip(("train", "val"), parts)]
-    classes, given = _classes(spec, parts)
+    category_of, given = _classes(spec, parts)
     default = root.resolve() if root else folders[0].resolve()
     if not root and default.name in PLAIN_NAMES:
         default = default.parent
     name = short_name(spec.options.get("name", default.name))
     train, test = (
-        _build(name, *part, classes, given, training=k == 0)
+        _build(name, *part, category_of, given, training=k == 0)
         for k, part in enumerate(zip(parts, folders, reports))
     )
     both = set(train.paths) & set(test.paths)
@@ -179,8 +179,8 @@ def _numbers(box: Any, where: str) -> list[float]:
     return box
 
 
-def _classes(spec: DataSpec, parts: list[Instances]) -> tuple[list[str], bool]:
-    """The names of the classes in their order, and whether they were given."""
+def _classes(spec: DataSpec, parts: list[Instances]) -> tuple[dict[str, int], bool]:
+    """Category id by class name, in the order of the classes, and whether they were given."""
     merged: dict[int, str] = {}
     for part in parts:
         for key, name in part.categories.items():
@@ -188,21 +188,27 @@ def _classes(spec: DataSpec, parts: list[Instances]) -> tuple[list[str], bool]:
                 raise UserError(
                     f"{part.file}: category {key} is '{name}', in {parts[0].file} '{merged[key]}'"
                 )
-    names = [name for _, name in sorted(merged.items())]
-    if len(set(names)) < len(names):
+    ids = {name: key for key, name in sorted(merged.items())}
+    if len(ids) < len(merged):
         raise UserError(f"{parts[1].file}: a category has another id than in {parts[0].file}")
     if "classes" not in spec.options:
-        return names, False
+        return ids, False
     given = spec.options["classes"].split("+")
     if len(set(given)) < len(given) or "" in given:
         raise UserError(f"--data {spec}: classes= has an empty or a doubled name")
-    if unknown := [name for name in given if name not in names]:
-        raise UserError(f"--data {spec}: no category '{unknown[0]}'; there are: {', '.join(names)}")
-    return given, True
+    if unknown := [name for name in given if name not in ids]:
+        raise UserError(f"--data {spec}: no category '{unknown[0]}'; there are: {', '.join(ids)}")
+    return {name: ids[name] for name in given}, True
 
 
 def _build(
-    name: str, read: Instances, folder: Path, report: Report, classes: list[str], given: bool, training: bool
+    name: str,
+    read: Instances,
+    folder: Path,
+    report: Report,
+    category_of: dict[str, int],
+    given: bool,
+    training: bool,
 ) -> DetectionSet:
     def note(rule: str, fired: np.ndarray) -> None:
         if fired.any():
@@ -211,7 +217,8 @@ def _build(
 
     paths = [folder / each for each in read.names]
     need_present(read.file, "images", paths)
-    label_of = {key: classes.index(each) for key, each in read.categories.items() if each in classes}
+    classes = list(category_of)
+    label_of = {key: label for label, key in enumerate(category_of.values())}
     known = np.isin(read.category, list(label_of))
     if given:
         note("object of a class that classes= leaves out: dropped", ~known)
@@ -234,7 +241,7 @@ def _build(
         [f"{read.file.name} annotations[{number}]" for number in read.number[known].tolist()],
         bad,
     )
-    return finished_set(
+    made = finished_set(
         *(name, classes, read.ids, paths, read_headers(paths), read.sizes, objects),
         places=read.names,
         form="JSON",
@@ -243,3 +250,4 @@ def _build(
         settings=["coco", classes],
         report=report,
     )
+    return replace(made, categories=list(category_of.values()))

@@ -98,7 +98,8 @@ class DetectionSet(_Indexed):
     `sizes`: int64 (n, 2) width, height of the frame the boxes live in (read an image with
     `read_rgb(path, frame=sizes[i])`). `boxes`: one float32 (k, 4) array an image, x0, y0, x1, y1 in pixels,
     continuous and half-open: a box that covers the whole image is 0, 0, width, height. `labels`: one int64
-    (k,) array an image, indices into `classes` (no background class). `difficult`: one bool (k,) array.
+    (k,) array an image, indices into `classes` (no background class). `difficult`: one bool (k,) array. `categories`:
+    the classes' ids in result files, None for 1, 2, 3 …
     """
 
     name: str
@@ -112,6 +113,7 @@ class DetectionSet(_Indexed):
     fingerprint: str = ""
     report: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    categories: list[int] | None = None
 
 
 @dataclass
