@@ -15,7 +15,7 @@ from common.classify import ClassifyRecipe, make_step
 from common.engine import loop, read_log, train
 from common.engine.loader import MicroBatches, Positions, make_loader
 from common.engine.loop import make_optimizer, make_schedulers
-from common.engine.streams import SAMPLE, Order, Streams, stream, stream_and_seed, torch_seed
+from common.engine.streams import SAMPLE, STEP, Order, StepStreams, Streams, stream, torch_seed
 from common.errors import UserError
 from common.recipe import Recipe, override
 
@@ -199,8 +199,10 @@ def test_streams_of_a_batch_are_those_of_its_samples(seed):
         together = Streams(seed, few)
         for one, key in zip(together, few, strict=True):
             assert one.bit_generator.state == stream(SAMPLE, seed, *key).bit_generator.state
-    assert stream_and_seed(2, seed, 5)[0].random() == stream(2, seed, 5).random()
-    assert stream_and_seed(2, seed, 5)[1] == torch_seed(2, seed, 5)
+    steps = StepStreams(seed, range(2, 5))
+    for key in ((0, 2), (63, 4), (64, 3), (1000, 2), (5, 3)):
+        rng, number = steps.at(*key)
+        assert rng.random() == stream(STEP, seed, *key).random() and number == torch_seed(STEP, seed, *key)
     assert Streams(seed, draws)[-1].random() == stream(SAMPLE, seed, *draws[-1]).random()
 
 

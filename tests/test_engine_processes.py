@@ -77,7 +77,7 @@ def two(tmp_path_factory):
         while job.poll() is None and not read_log(out / "endless") and time.monotonic() < deadline:
             time.sleep(0.1)
         job.send_signal(signal.SIGTERM)
-        job.wait(60)
+        (out / "code").write_text(str(job.wait(60)))
     finally:
         job.kill()
     return out
@@ -144,6 +144,7 @@ def test_a_loss_that_one_process_spoils_stops_all(two):
 
 def test_sigterm_to_torchrun_saves(two):
     state = torch.load(two / "endless" / "resume.pt", weights_only=True)
+    assert int((two / "code").read_text()) != 0
     assert state["iteration"] > 0 and state["iteration"] % RECIPE.log_every == 0
 
 

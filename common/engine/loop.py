@@ -28,7 +28,7 @@ from common.engine.device import (
 from common.engine.loader import MicroBatches, Positions, TrainData, make_loader
 from common.engine.optim import make_optimizer, make_schedulers, wrap
 from common.engine.state import Best, Log, read_state, write_state
-from common.engine.streams import STEP, stream_and_seed
+from common.engine.streams import StepStreams
 from common.errors import UserError
 from common.progress import progress
 from common.recipe import Recipe
@@ -114,6 +114,7 @@ class _Training:
             )
         share = total // world()
         self.micros = range(rank() * share, (rank() + 1) * share)
+        self.streams = StepStreams(seed, self.micros)
         self.iterations = recipe.length(len(data))
         self.batches = MicroBatches(data, recipe.batch, micro, seed)
         self.workers = getattr(data, "workers", 0) if workers is None else workers
@@ -201,7 +202,7 @@ class _Training:
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def _micro_step(self, batch: dict[str, Any], micro: int) -> None:
-        rng, torch_seed = stream_and_seed(STEP, self.seed, self.iteration, micro)
+        rng, torch_seed = self.streams.at(self.iteration, micro)
         seed_torch(torch_seed, self.device)
         batch = {k: v if k == "ids" else to_device(v, self.device) for k, v in batch.items()}
         if self.on_device:

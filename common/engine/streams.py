@@ -24,12 +24,6 @@ def torch_seed(use: int, *key: int) -> int:
     return int(SeedSequence((use, *key)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def stream_and_seed(use: int, *key: int) -> tuple[Generator, int]:
-    """`stream` and `torch_seed` of one key, at the price of one: a state's first word is the same at any length."""
-    words = SeedSequence((use, *key)).generate_state(4, np.uint64)
-    return Generator(PCG64(_Known(words))), int(words[0] >> 1)
-
-
 class Streams(Sequence):
     """`stream(SAMPLE, seed, epoch, index)` for each (epoch, index) of `draws`, made when asked for.
 
@@ -53,6 +47,26 @@ class Streams(Sequence):
             epochs, indices = np.array(self.draws, np.uint32).T
             self._words = seed_words([SAMPLE, *_split(self.seed), epochs, indices], len(self))
         return Generator(PCG64(_Known(self._words[at])))
+
+
+class StepStreams:
+    """`stream` and `torch_seed` of (STEP, seed, iteration, micro), hashed for 64 iterations at a time."""
+
+    def __init__(self, seed: int, micros: range) -> None:
+        self.seed, self.micros = seed, micros
+        self._first, self._words = -1, np.empty(0, np.uint64)
+
+    def at(self, iteration: int, micro: int) -> tuple[Generator, int]:
+        """The generator and the seed of one micro-batch."""
+        first = iteration - iteration % 64
+        if first != self._first:
+            count = 64 * len(self.micros)
+            iterations = np.repeat(np.arange(first, first + 64), len(self.micros))
+            key = [STEP, *_split(self.seed), iterations, np.tile(self.micros, 64)]
+            self._first, self._words = first, seed_words(key, count).reshape(64, -1, 4)
+        words = self._words[iteration - first, micro - self.micros.start]
+        # a state's first word is the same at any length
+        return Generator(PCG64(_Known(words))), int(words[0] >> np.uint64(1))
 
 
 def _split(value: int) -> list[int]:
