@@ -153,6 +153,8 @@ class Run:
                 **{f"{name}_s": entry["seconds"] for name, entry in stages.items()},
                 "iterations": cost.get("iterations", 0),
                 "images": cost.get("images", 0),
+                "compiled": cost.get("compiled", False),
+                "processes": cost.get("processes", [1]),
                 "peak_memory_mb": max(cost.get("peak_memory_mb", 0), peak_memory(device)),
             },
             "keys": self.keys,

@@ -29,7 +29,7 @@ from common.data import DetectionSet, open_detection
 from common.data.thumbnails import write_thumbnails
 from common.engine import INIT, is_main, torch_seed, train
 from common.errors import UserError, run_main
-from common.recipe import describe, override
+from common.recipe import describe, engine_options, override
 from common.transfer import open_transfer, transfer_parser
 from detection.build import make_model, write_facts
 from detection.data import TrainViews
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         device=device,
         groups=parameter_groups(model, recipe.decay_biases) if isinstance(recipe, FasterRCNNRecipe) else None,
-        workers=args.workers,
+        **engine_options(args),
         desc=f"{args.detector} {backbone.name}",
         evaluate=evaluation(test_set, recipe, device) if args.every else None,
         every=args.every,
