@@ -120,7 +120,7 @@ def _markdown(run: Run, report: Mapping[str, Any], cost: Mapping[str, Any]) -> l
         "",
         f"![Precision over recall, a panel a class]({CURVES})",
         "",
-        "| size | AP (COCO) | objects |",
+        "| size of the box | AP (COCO) | objects |",
         "|---|---:|---:|",
         *(
             f"| {SIZES[name]} | {percent(row['AP'])} | {row['objects']} |"
