@@ -313,7 +313,7 @@ def test_the_cell_can_be_recomputed_from_its_statistics(finished):
         images = dict(file)
     assert cell["primary"] == "Top-1 Loc" and len(images["ids"]) == 12
     assert cell["metrics"] == {k: float(v[0]) for k, v in rescore("wsol", images).items()}
-    assert set(cell["metrics"]) == set(cell["chance"]) == {"Top-1 Loc", "GT-known Loc", "top-1"}
+    assert set(cell["metrics"]) == set(cell["chance"])
     assert finished.relative_to(finished.parents[5]).parts[:3] == ("birds", "wsol", "cam")
     assert (finished.parents[3] / "thumbnails.npz").exists()
     assert all(name in cell["files"] for name in ("scoremaps.npz", "scoremaps_held_out.npz", "report.md"))
@@ -325,7 +325,8 @@ def test_stored_maps_still_say_the_logits(finished):
     assert maps.maps.shape == (12, 4, 4, 4)  # the true and all three predicted classes, stride 16 of 64
     assert (np.sort(maps.classes[:, 1:]) == np.arange(3)).all()
     means = maps.low + (maps.high - maps.low) * maps.maps.astype(np.float32).mean((2, 3))
-    np.testing.assert_allclose(means + weights["fc.bias"].numpy()[maps.classes], more["logits"], atol=2e-3)
+    error = np.abs(means + weights["fc.bias"].numpy()[maps.classes] - more["logits"])
+    assert (error <= (maps.high - maps.low) * 2.0**-11 + 1e-4).all()  # what float16 shares lose
     order = maps.classes[:, 1:].tolist()
     assert more["rank"].tolist() == [row.index(true) for row, true in zip(order, maps.classes[:, 0])]
 
@@ -471,8 +472,18 @@ def test_evaluate_anyones_maps(scored, capsys):
     assert "GT-known Loc: 75.00 %" in capsys.readouterr().out
     assert evaluate.main([*command, "--labels", str(labels), "--json", str(folder / "scores.json")]) == 0
     scores = json.loads((folder / "scores.json").read_text())
-    assert scores["metrics"] == {"Top-1 Loc": 0.5, "GT-known Loc": 0.75, "top-1": 0.75}
+    assert scores["metrics"] == {
+        "Top-1 Loc": 0.5,
+        "GT-known Loc": 0.75,
+        "top-1": 0.75,
+        "MaxBoxAcc": 0.75,
+        "MaxBoxAccV2": pytest.approx((0.75 + 0.75 + 0.75) / 3),
+    }
     assert scores["images"] == 4
+    paper = [*command, "--protocol", "paper", "--labels", str(labels), "--json", str(folder / "paper.json")]
+    assert evaluate.main(paper) == 0
+    alone = json.loads((folder / "paper.json").read_text())["metrics"]
+    assert alone == {name: scores["metrics"][name] for name in ("Top-1 Loc", "GT-known Loc", "top-1")}
 
 
 @pytest.mark.parametrize(
@@ -531,4 +542,5 @@ def test_evaluate_agrees_with_the_cell_on_its_own_maps(finished, cub, tmp_path):
     assert evaluate.main([*command, "--threshold", str(threshold), "--json", str(tmp_path / "s.json")]) == 0
     cell = json.loads((finished / "cell.json").read_text())
     scores = json.loads((tmp_path / "s.json").read_text())["metrics"]
-    assert scores == {"GT-known Loc": cell["metrics"]["GT-known Loc"]}
+    names = ("GT-known Loc", "MaxBoxAcc", "MaxBoxAccV2")
+    assert scores == {name: cell["metrics"][name] for name in names}

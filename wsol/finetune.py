@@ -32,13 +32,14 @@ from common.errors import UserError, run_main
 from common.metrics.classification import true_rank
 from common.mixing import MIXING, canonical_method
 from common.progress import progress
-from common.recipe import override
+from common.recipe import engine_options, override
 from common.transfer import open_transfer, transfer_parser
 from common.trunk import Classifier, normalise
 from wsol.boxes import crop_window
 from wsol.cam import ScoreMaps, compact, join, load_maps, predict
+from wsol.model import write_model, wsol_model
 from wsol.recipes import RECIPES, WSOLRecipe
-from wsol.report import finish
+from wsol.report import choose, finish
 
 TASK, MODEL = "wsol", "cam"
 
@@ -61,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     device = opened.device
     kept, held_out = hold_out(train_set, recipe)
     torch.manual_seed(torch_seed(INIT, args.seed))
-    model = Classifier(backbone.trunk, len(train_set.classes))
-    model.trunk.unstride("layer4")
+    model = wsol_model(backbone.trunk, len(train_set.classes))
     cost = train(
         model,
         make_step(recipe, len(train_set.classes), backbone.mean, backbone.std),
@@ -76,19 +76,23 @@ def main(argv: list[str] | None = None) -> int:
             {"params": list(model.trunk.parameters()), "lr": 1.0},
             {"params": list(model.fc.parameters()), "lr": recipe.head_lr},
         ],
-        workers=args.workers,
+        **engine_options(args),
         desc=f"WSOL {backbone.name}",
     )
     if is_main():
         write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths)
         tested, held = predict_maps(run, model, backbone, test_set, held_out, device)
-        finish(run, tested, test_set, held, held_out, train_set, device, cost)
+        threshold = choose(recipe, held, held_out)
+        write_model(run, backbone, train_set.classes, threshold["value"])
+        finish(run, tested, test_set, threshold, train_set, device, cost)
     return 0
 
 
 def arguments():
     """The command line of this script."""
-    data_help = "cub:DIR, folder:DIR,boxes=FILE (rows path,x0,y0,x1,y1 in shares)"
+    data_help = (
+        "cub:DIR, ilsvrc:DIR, tiny_imagenet:DIR, folder:DIR,boxes=FILE (rows path,x0,y0,x1,y1 in shares)"
+    )
     made = transfer_parser(__doc__, RECIPES, data_help)
     made.add_argument(
         "--method",

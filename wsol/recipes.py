@@ -34,6 +34,7 @@ class WSOLRecipe(ClassifyRecipe):
     holdout: float = knob(
         0.0, "share of the training images with boxes that is not trained on but chooses the threshold", "I"
     )
+    pictures: int = knob(6, "best and worst localised images drawn in the run folder", "I", stage="score")
     top: int = knob(5, "predicted classes an image whose maps are kept", "I", stage="predict")
 
     def check(self) -> None:
@@ -52,6 +53,8 @@ class WSOLRecipe(ClassifyRecipe):
             )
         if self.head_lr <= 0:
             raise UserError(f"recipe: head_lr={self.head_lr}, it must be above 0")
+        if self.pictures < 0:
+            raise UserError(f"recipe: pictures={self.pictures}, it must be 0 or more")
         if self.top < 1:
             raise UserError(f"recipe: top={self.top}, at least the predicted class's map is needed")
 

@@ -1,4 +1,4 @@
-"""From score maps to scores: boxes, the threshold's choice, the cell and its report."""
+"""From score maps to scores: boxes, the threshold's choice, both protocols, the finished cell."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,26 @@ import torch
 from common.cell import Run
 from common.data.types import ImageSet
 from common.engine import SPLIT, stream
+from common.files import write_text
 from common.metrics import rescore
-from common.metrics.localisation import IOU_RIGHT, best_centred_box, best_iou, shuffled_chance
+from common.metrics.localisation import (
+    IOU_RIGHT,
+    best_centred_box,
+    best_iou,
+    shuffled_chance,
+)
 from wsol.boxes import boxes_from_maps, from_crop, to_crop
 from wsol.cam import ScoreMaps
+from wsol.choe2020 import Sweep, box_statistics, centred_box_accuracies, curves, pixel_truths, sweep_maps
+from wsol.drawing import draw_extremes
+from wsol.markdown import as_markdown
+from wsol.pictures import curve_svg
 from wsol.recipes import WSOLRecipe
 
 THRESHOLDS = np.arange(1, 20) / 20  # .05, .10 … .95: what a chosen threshold is chosen from
 LISTED = 10
+SHUFFLED = 500, 5  # images at most, and permutations, for MaxBoxAcc's chance: every one is a whole sweep
+Maps = tuple[ScoreMaps, dict[str, np.ndarray]]
 
 
 def choose_threshold(
@@ -35,56 +47,74 @@ def choose_threshold(
     return float(THRESHOLDS[pick]), curve
 
 
+def choose(recipe: WSOLRecipe, held: Maps | None, held_out: ImageSet | None) -> dict[str, Any]:
+    """The recipe's threshold, or the one chosen on held-out training images: "value", "chosen", maybe "curve"."""
+    if recipe.threshold:
+        return {"value": recipe.threshold, "chosen": "given by the recipe"}
+    truths = [to_crop(boxes, recipe.resize, recipe.size) for boxes in held_out.boxes]
+    value, curve = choose_threshold(held[0].maps[:, 0], truths, recipe.size)
+    chosen = f"on {len(held_out)} training images that were not trained on"
+    return {"value": value, "chosen": chosen, "curve": curve}
+
+
 def finish(
     run: Run,
-    tested: tuple[ScoreMaps, dict[str, np.ndarray]],
+    tested: Maps,
     test_set: ImageSet,
-    held: tuple[ScoreMaps, dict[str, np.ndarray]] | None,
-    held_out: ImageSet | None,
+    threshold: dict[str, Any],
     train_set: ImageSet,
     device: torch.device,
     cost: dict[str, Any],
 ) -> None:
-    """The score stage: boxes from the maps at the recipe's or the chosen threshold, then the finished cell."""
+    """The score stage: boxes from the maps by both protocols, pictures, then the finished cell."""
     recipe: WSOLRecipe = run.recipe
-    frame = (recipe.resize, recipe.size)
-    threshold, facts = recipe.threshold, {"chosen": "given by the recipe"}
-    if not threshold:
-        held_truths = [to_crop(boxes, *frame) for boxes in held_out.boxes]
-        threshold, curve = choose_threshold(held[0].maps[:, 0], held_truths, recipe.size)
-        facts = {"chosen": f"on {len(held_out)} training images that were not trained on", "curve": curve}
+    frame, side = (recipe.resize, recipe.size), recipe.size
     truths = [to_crop(boxes, *frame) for boxes in test_set.boxes]
     outside = sum(len(truth) == 0 for truth in truths)
     if outside:
         run.note(f"data: {outside} test images have no box inside the crop: counted as not localised")
-    images, boxes = statistics(*tested, truths, threshold, recipe.size)
+    images, boxes = statistics(*tested, truths, threshold["value"], side)
     known = [boxes for boxes in train_set.boxes or [] if len(boxes)]
-    centred = best_centred_box([to_crop(boxes, *frame) for boxes in known] or truths, recipe.size)
+    chosen_on = [to_crop(boxes, *frame) for boxes in known] or truths
+    centred = best_centred_box(chosen_on, side)
     images["iou_centred"] = best_iou(np.repeat(centred[None], len(truths), 0), truths)
+    images["num_classes"] = np.array(len(test_set.classes))
+    sweeps = sweep_maps(tested[0].maps[:, 0])
+    images["right_by_grey"] = box_statistics(sweeps, [pixel_truths(truth, side) for truth in truths])
     metrics = {name: float(values[0]) for name, values in rescore("wsol", images).items()}
-    predicted = tested[0].classes[:, 1]
-    chance = shuffled_chance(test_set.labels, truths, predicted, boxes["top1"], boxes["gt"], stream(SPLIT, 0))
-    centred_right = images["iou_centred"] > IOU_RIGHT
-    baseline = {
-        "box": centred.tolist(),
-        "chosen on": f"{len(known)} training images" if known else "the scored images themselves",
-        "Top-1 Loc": float((centred_right & (images["rank"] == 0)).mean()),
-        "GT-known Loc": float(centred_right.mean()),
-    }
+    predicted = tested[0].classes[:, 1:6]
+    chance = shuffled_chance(
+        *(test_set.labels, truths, predicted, boxes["top1"], boxes["gt"], stream(SPLIT, 0)),
+        num_classes=len(test_set.classes),
+    )
+    chance |= shuffled_box_accuracies(sweeps, truths, side, stream(SPLIT, 1))
+    baseline = centred_scores(images, metrics, chosen_on, truths, side)
+    run.facts["baselines"] = {"best centred box": baseline}
     images |= {
         "label": test_set.labels.astype(np.int32),
-        "predicted": predicted,
+        "predicted": predicted[:, 0],
         "box_top1": from_crop(boxes["top1"], *frame).astype(np.float32),
         "box_gt": from_crop(boxes["gt"], *frame).astype(np.float32),
     }
+    chosen = f"{len(known)} training images" if known else "the scored images themselves"
     report = {
         "metrics": metrics,
         "chance": chance,
-        "centred box": baseline,
-        "threshold": {"value": threshold, **facts},
+        "centred box": {"box": centred.tolist(), "chosen on": chosen, **baseline},
+        "threshold": threshold,
+        "choe2020": curves(images["right_by_grey"]),
         "IoU histogram": histogram(images["iou_gt"]),
-        "best and worst": extremes(images, test_set),
+        "best and worst": extremes(images, test_set, max(LISTED, recipe.pictures)),
     }
+    pictures = {
+        f"{which}.jpg": report["best and worst"][which][: recipe.pictures] for which in ("best", "worst")
+    }
+    pictures = {name: entries for name, entries in pictures.items() if entries}
+    with run.stage("score", files=["threshold_curve.svg", *pictures]):
+        write_text(run.folder / "threshold_curve.svg", curve_picture(report, run))
+        for name, entries in pictures.items():
+            draw_extremes(run.folder / name, entries, images, tested[0].maps, tested[1]["window"], test_set)
+    report["pictures"] = ["threshold_curve.svg", *pictures]
     run.finish(
         metrics=metrics,
         chance=chance,
@@ -97,7 +127,8 @@ def finish(
     )
     print(
         f"Top-1 Loc {100 * metrics['Top-1 Loc']:.1f} % (chance {100 * chance['Top-1 Loc']:.1f}, centred box "
-        f"{100 * baseline['Top-1 Loc']:.1f}) → {run.folder}"
+        f"{100 * baseline['Top-1 Loc']:.1f}), MaxBoxAccV2 {100 * metrics['MaxBoxAccV2']:.1f} % (centred box "
+        f"{100 * baseline['MaxBoxAccV2']:.1f}) → {run.folder}"
     )
 
 
@@ -121,13 +152,58 @@ def statistics(
     return images, {"gt": of_truth, "top1": of_prediction}
 
 
+def shuffled_box_accuracies(
+    sweeps: Sequence[Sweep], truths: Sequence[np.ndarray], side: float, rng: np.random.Generator
+) -> dict[str, float]:
+    """MaxBoxAcc and MaxBoxAccV2 when every map goes to a random other image; at most SHUFFLED images."""
+    most, rounds = SHUFFLED
+    part = rng.permutation(len(sweeps))[:most]
+    pixels = [pixel_truths(truths[i], side) for i in part]
+    zeros = dict.fromkeys(("rank", "iou_gt", "iou_top1"), np.zeros(len(part)))
+    scores = []
+    for _ in range(rounds):
+        shuffled = [sweeps[i] for i in rng.permutation(part)]
+        scores.append(rescore("wsol", {**zeros, "right_by_grey": box_statistics(shuffled, pixels)}))
+    return {name: float(np.mean([score[name] for score in scores])) for name in ("MaxBoxAcc", "MaxBoxAccV2")}
+
+
+def centred_scores(
+    images: dict[str, np.ndarray],
+    metrics: dict[str, float],
+    chosen_on: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    side: int,
+) -> dict[str, float]:
+    """What the best centred box scores: of every metric with a box in it, with the network's class where one counts.
+
+    Its size is chosen anew for each IoU of MaxBoxAccV2, as that protocol chooses the threshold.
+    """
+    right, rank = images["iou_centred"] > IOU_RIGHT, images["rank"]
+    found = {"Top-1 Loc": (right & (rank == 0)).mean(), "GT-known Loc": right.mean()}
+    if "Top-5 Loc" in metrics:
+        found["Top-5 Loc"] = (right & (rank < 5)).mean()
+    shares = centred_box_accuracies(chosen_on, truths, side)
+    found |= {"MaxBoxAcc": shares[1], "MaxBoxAccV2": np.mean(shares)}
+    return {name: float(value) for name, value in found.items()}
+
+
+def curve_picture(report: dict[str, Any], run: Run) -> str:
+    """threshold_curve.svg: share of images that are right, by threshold; dashed: the paper protocol's threshold."""
+    found = report["choe2020"]
+    series = [(name, found["threshold"], values) for name, values in found["curves"].items()]
+    title = (
+        f"Right boxes, % of images: {run.identity.backbone} on {run.identity.data}, seed {run.identity.seed}"
+    )
+    return curve_svg(title, "threshold, share of the map's range", series, report["threshold"]["value"])
+
+
 def histogram(overlap: np.ndarray) -> dict[str, int]:
     """Counts of images by IoU in tenths: "0.0–0.1" …"""
     counts, edges = np.histogram(overlap, 10, (0, 1))
     return {f"{low:.1f}–{high:.1f}": int(count) for low, high, count in zip(edges, edges[1:], counts)}
 
 
-def extremes(images: dict[str, np.ndarray], test_set: ImageSet) -> dict[str, list[dict[str, Any]]]:
+def extremes(images: dict[str, np.ndarray], test_set: ImageSet, most: int) -> dict[str, list[dict[str, Any]]]:
     """The images localised best and worst among those with the right class."""
     right = np.flatnonzero(images["rank"] == 0)
     order = right[np.argsort(-images["iou_top1"][right], kind="stable")]
@@ -137,42 +213,4 @@ def extremes(images: dict[str, np.ndarray], test_set: ImageSet) -> dict[str, lis
         name = test_set.classes[images["label"][i]]
         return {"id": str(images["ids"][i]), "class": name, "IoU": float(images["iou_top1"][i]), "box": box}
 
-    return {"best": [entry(i) for i in order[:LISTED]], "worst": [entry(i) for i in order[::-1][:LISTED]]}
-
-
-def as_markdown(run: Run, report: dict[str, Any], cost: dict[str, Any], count: int) -> str:
-    """report.md: readable alone."""
-    identity, centred, threshold = run.identity, report["centred box"], report["threshold"]
-    lines = [
-        f"# WSOL by CAM: {identity.backbone} ({identity.arch}) on {identity.data}, seed {identity.seed}",
-        "",
-        f"{count} test images. Scores in per cent; a box is right when its IoU with a true box is above .5.",
-        "",
-        "| metric | score | chance | best centred box |",
-        "|---|---|---|---|",
-    ]
-    for name, value in report["metrics"].items():
-        box = f"{100 * centred[name]:.2f}" if name in centred else ""
-        lines.append(f"| {name} | {100 * value:.2f} | {100 * report['chance'][name]:.2f} | {box} |")
-    lines += [
-        "",
-        "Chance: the same predictions, class and box together, shuffled over the images. Best centred box: no image is "
-        f"looked at for it; its size was chosen on {centred['chosen on']}; the class is the network's.",
-        "",
-        f"Threshold {threshold['value']:g} of each map's maximum, {threshold['chosen']}.",
-        f"Recipe {identity.recipe}, trained with {run.recipe.method}: {cost['iterations']} iterations, "
-        f"{cost['seconds']:.0f} s.",
-        "",
-        "| IoU, true class's map | images |",
-        "|---|---|",
-        *(f"| {name} | {number} |" for name, number in report["IoU histogram"].items()),
-    ]
-    if "curve" in threshold:
-        curve = threshold["curve"]
-        lines += ["", "| threshold, held-out images | GT-known Loc | mean IoU |", "|---|---|---|"]
-        for value, right, mean in zip(curve["threshold"], curve["GT-known Loc"], curve["mean IoU"]):
-            lines.append(f"| {value:.2f} | {100 * right:.1f} | {mean:.3f} |")
-    for which, entries in report["best and worst"].items():
-        lines += ["", f"{which.capitalize()} boxes among images with the right class:", ""]
-        lines += [f"- {e['id']} ({e['class']}): IoU {e['IoU']:.3f}" for e in entries]
-    return "\n".join([*lines, "", *(f"- {line}" for line in run.notes)])
+    return {"best": [entry(i) for i in order[:most]], "worst": [entry(i) for i in order[::-1][:most]]}

@@ -99,25 +99,31 @@ def shuffled_chance(
     boxes_gt: np.ndarray,
     rng: np.random.Generator,
     rounds: int = 20,
+    num_classes: int = 0,
 ) -> dict[str, float]:
     """The scores when every prediction, class and box together, goes to a random other image.
 
-    labels, predicted: int (n,); boxes: (n, 4); truths: n × (k, 4). Mean over `rounds` permutations.
+    labels: int (n,); predicted: int (n, k), best first, or (n,); boxes: (n, 4); truths: n × (k, 4). Mean over
+    `rounds` permutations.
     """
-    scores = []
+    predicted, scores = np.asarray(predicted).reshape(len(labels), -1), []
     for _ in range(rounds):
         order = rng.permutation(len(labels))
+        hit = predicted[order] == np.asarray(labels)[:, None]
         shuffled = {
-            "rank": (predicted[order] != labels).astype(np.int64),
+            "rank": np.where(hit.any(1), hit.argmax(1), hit.shape[1]),
             "iou_top1": best_iou(boxes_top1[order], truths),
             "iou_gt": best_iou(boxes_gt[order], truths),
+            "num_classes": np.array(num_classes),
         }
         scores.append(rescore(shuffled))
     return {name: float(np.mean([score[name][0] for score in scores])) for name in scores[0]}
 
 
-def best_centred_box(truths: Sequence[np.ndarray], side: float, steps: int = 32) -> np.ndarray:
-    """The centred box of a `side` × `side` frame that is right (IoU > .5) on most images → float64 (4,).
+def best_centred_box(
+    truths: Sequence[np.ndarray], side: float, steps: int = 32, right: float = IOU_RIGHT
+) -> np.ndarray:
+    """The centred box of a `side` × `side` frame whose IoU is above `right` on most images → float64 (4,).
 
     Searched over `steps` widths × `steps` heights; the first of equals in mean IoU breaks ties. Choose it on
     boxes that are not scored, or say that it was. Without a single true box it is the whole frame.
@@ -135,8 +141,8 @@ def best_centred_box(truths: Sequence[np.ndarray], side: float, steps: int = 32)
         boxes = np.stack([low_x, low_y, side - low_x, side - low_y], -1)
         overlap = np.zeros((len(truths), steps))
         np.maximum.at(overlap, owner, iou(flat[:, None], boxes[None]))
-        right, mean = (overlap > IOU_RIGHT).mean(0), overlap.mean(0)
-        pick = np.lexsort((-mean, -right))[0]
-        if (right[pick], mean[pick]) > best:
-            best, found = (right[pick], mean[pick]), boxes[pick]
+        share, mean = (overlap > right).mean(0), overlap.mean(0)
+        pick = np.lexsort((-mean, -share))[0]
+        if (share[pick], mean[pick]) > best:
+            best, found = (share[pick], mean[pick]), boxes[pick]
     return found
