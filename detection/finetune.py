@@ -3,7 +3,8 @@
     python detection/finetune.py --backbone runs/cutmix/cutmix.pt --detector ssd300 --data voc:VOCDEVKIT
     python detection/finetune.py --backbone resnet50.pth --detector faster_rcnn --data voc:VOCDEVKIT --recipe paper
 
-Without --data it uses the embedded world. The same command goes on where an interrupted one stopped.
+Without --data it uses the embedded world. The same command goes on where an interrupted one stopped; with --eval-only
+it detects and scores again. detection/predict.py draws what a finished run finds in other pictures.
 """
 
 if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         desc=f"{args.detector} {backbone.name}",
         evaluate=evaluation(test_set, recipe, device) if args.every else None,
         every=args.every,
+        **engine_options(args),
     )
     if is_main():
         write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths, frames=test_set.sizes)
@@ -95,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments():
     """The command line of this script."""
-    data_help = "voc:VOCDEVKIT[,year=2007+2012], voc:DIR with JPEGImages, Annotations and ImageSets"
+    data_help = (
+        "voc:VOCDEVKIT[,year=2007+2012], voc:DIR with JPEGImages, Annotations and ImageSets, "
+        "coco:images=DIR,train=A.json,val=B.json"
+    )
     made = transfer_parser(__doc__, RECIPES["ssd300"], data_help)
     made.epilog = "\n\n".join(f"{name}: {describe(recipes)}" for name, recipes in RECIPES.items())
     made.add_argument("--detector", default="ssd300", choices=list(RECIPES), help="(default: ssd300)")
