@@ -2,7 +2,8 @@
 
     python captioning/evaluate.py --annotations captions_val.json --results results.json --json scores.json
 
-results.json is a list of {"image_id", "caption"}, one entry for every annotated image.
+results.json is a list of {"image_id", "caption"}, one entry for every annotated image. --report DIR writes scores,
+statistics and the best and the worst captions there, with --images FOLDER their pictures too.
 """
 
 if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
@@ -15,9 +16,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from captioning.report import best_and_worst, captions_shown, scores_table, statistics, write_pictures
 from captioning.scoring import Scorer
+from common.data.layout import need_present
 from common.errors import UserError, run_main
-from common.files import read_json, write_json
+from common.files import make_folder, read_json, write_json, write_text
 from common.metrics.captions import NAMES, per_image, rescore
 
 
@@ -26,22 +29,72 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     references = read_annotations(args.annotations)
     captions = read_results(args.results, references, args.annotations)
-    with Scorer(list(references.values()), args.tokenizer) as scorer:
+    paths = find_images(args.annotations, list(references), args.images) if args.images else None
+    with Scorer(list(references.values()), args.tokenizer, args.timeout, args.spice_jar) as scorer:
         images = scorer.statistics(list(captions.values()))
     scores = {name: float(value[0]) for name, value in rescore(images).items()}
-    for name in NAMES:
+    names = [*NAMES, *(["SPICE"] if "SPICE" in scores else [])]
+    for name in names:
         print(f"{name:8} {f'{100 * scores[name]:6.2f}' if name in scores else '   n/a'}")
     print(f"{len(captions)} images; scores × 100; " + "; ".join(scorer.notes))
     if args.json:
-        write_json(args.json, {name: scores.get(name) for name in NAMES})
+        write_json(args.json, {name: scores.get(name) for name in names})
     if args.per_image:
         single = per_image(images)
         rows = [
-            {"image_id": key, "caption": caption, **{n: float(single[n][i]) for n in NAMES if n in single}}
+            {"image_id": key, "caption": caption, **{n: float(single[n][i]) for n in names if n in single}}
             for i, (key, caption) in enumerate(captions.items())
         ]
         write_json(args.per_image, rows)
+    if args.report:
+        write_report(args.report, scores, images, captions, references, scorer, paths)
     return 0
+
+
+def write_report(
+    folder: Path,
+    scores: dict[str, float],
+    images: dict[str, Any],
+    captions: dict[Any, str],
+    references: dict[Any, list[str]],
+    scorer: Scorer,
+    paths: list[Path] | None,
+) -> None:
+    """report.md and report.json: scores, statistics, the best and the worst captions."""
+    said, ids = list(captions.values()), list(captions)
+    report = {
+        "metrics": scores,
+        "captions": statistics(said, scorer.references),
+        **best_and_worst(images, said, ids, list(references.values()), paths),
+        "notes": scorer.notes,
+    }
+    make_folder(folder)
+    if paths:
+        write_pictures(folder, report)
+    lines = ["# Captions scored", "", *scores_table(scores), "", *(f"- {line}" for line in scorer.notes)]
+    lines += ["", "| captions | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in report["captions"].items()]
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", "\n".join([*lines, *captions_shown(report)]) + "\n")
+    print(f"report: {folder / 'report.md'}")
+
+
+def find_images(annotations: Path, ids: list[Any], folder: Path) -> list[Path]:
+    """The image files of `ids`, by the annotations' list of images. Raises UserError when one is not there."""
+    listed = read_json(annotations).get("images")
+    names = {
+        image["id"]: image["file_name"]
+        for image in (listed if isinstance(listed, list) else [])
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and "id" in image
+    }
+    absent = [key for key in ids if key not in names]
+    if absent:
+        raise UserError(
+            f"{annotations}: 'images' gives no file_name of image {absent[0]}, which --images needs"
+        )
+    paths = [folder / names[key] for key in ids]
+    need_present(annotations, "images", paths)
+    return paths
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -57,6 +110,17 @@ def arguments() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the scores as fractions (pycocoevalcap's scale)"
     )
     made.add_argument("--per-image", type=Path, metavar="FILE", help="write every image's scores")
+    made.add_argument("--report", type=Path, metavar="DIR", help="write a report to read there")
+    made.add_argument("--images", type=Path, metavar="DIR", help="the images, for the report")
+    made.add_argument(
+        "--spice-jar",
+        type=Path,
+        metavar="FILE",
+        help="score SPICE too: its spice-1.0.jar, lib/ beside it (default: $BACKBENCH_SPICE)",
+    )
+    made.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds to wait for an answer of Java (default: 120)"
+    )
     made.add_argument(
         "--tokenizer",
         choices=("auto", "ptb", "plain"),

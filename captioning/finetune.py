@@ -18,30 +18,31 @@ import common  # noqa: F401  first, before torch
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from captioning.beam import beam_search
+from captioning.captioner import build_nic, decode, save_captioner
 from captioning.data import CaptionItems, centre_crops, pooled_features
 from captioning.nic import NIC
 from captioning.recipes import RECIPES, CaptionRecipe
-from captioning.report import as_markdown, make_report
+from captioning.report import as_markdown, best_and_worst, statistics, write_pictures
 from captioning.scoring import Scorer
-from captioning.vocabulary import END, PAD, START, UNK, Vocabulary, build_vocabulary, words_of
+from captioning.vocabulary import Vocabulary, build_vocabulary, words_of_all
 from common.backbone import Backbone
 from common.cell import Run
 from common.data import open_captions
 from common.data.thumbnails import write_thumbnails
 from common.data.types import CaptionSet
-from common.engine import INIT, autocast, is_main, torch_seed, train
+from common.engine import INIT, is_main, torch_seed, train
 from common.errors import UserError, run_main
 from common.files import read_json, write_json
 from common.metrics import rescore
 from common.progress import progress
-from common.recipe import override
+from common.recipe import engine_options, override
 from common.transfer import open_transfer, transfer_parser
 
 TASK, MODEL = "captioning", "nic"
@@ -58,17 +59,21 @@ def main(argv: list[str] | None = None) -> int:
     if run.finished:
         return 0
     device = opened.device
-    words = [[words_of(caption, recipe.punctuation) for caption in image] for image in train_set.captions]
+    words = words_of_all(train_set.captions, recipe.words, recipe.punctuation)
     vocabulary = build_vocabulary((w for image in words for w in image), recipe.threshold, recipe.punctuation)
     model, cost = train_nic(run, backbone, train_set, words, vocabulary, args, device)
     if is_main():
         vocabulary.save(run.folder / "vocabulary.json")
+        second = recipe.encoder_epochs > 0 and not backbone.scratch
+        weights = "second/weights.pt" if second else "weights.pt"
+        save_captioner(run.folder, model, backbone, recipe, weights)
         write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths)
         with Scorer(test_set.captions, recipe.tokenizer) as scorer:
-            constant = Counter(" ".join(w) for image in words for w in image).most_common(1)[0][0]
+            said = Counter(" ".join(w) for image in words for w in image)
+            constant = said.most_common(1)[0][0]
             scorer.start([*vocabulary.words, constant])
             predict(run, model, backbone, vocabulary, test_set, device)
-            score(run, scorer, test_set, constant, len(vocabulary), device, cost)
+            score(run, scorer, test_set, constant, said, len(vocabulary), device, cost)
     return 0
 
 
@@ -97,7 +102,7 @@ def train_nic(
     """
     recipe, began = run.recipe, time.monotonic()
     shared = {"folder": run.folder, "key": run.keys["train"], "seed": args.seed, "device": device}
-    shared |= {"workers": args.workers, "desc": f"NIC {backbone.name}"}
+    shared |= {**engine_options(args), "desc": f"NIC {backbone.name}"}
     if backbone.scratch:
         size = recipe.crop(True)[1]
         run.note(f"scratch: the encoder is trained with the captions, on {size} px images, batch norm too")
@@ -131,17 +136,8 @@ def make_model(
 ) -> NIC:
     """NIC with initial weights drawn from `seed`."""
     torch.manual_seed(torch_seed(INIT, seed))
-    return NIC(
-        backbone.trunk.channels["layer4"],
-        len(vocabulary),
-        embed=recipe.embed,
-        hidden=recipe.hidden,
-        dropout=recipe.dropout,
-        feature_bn=recipe.feature_bn,
-        trunk=backbone.trunk if with_trunk else None,
-        mean=backbone.mean,
-        std=backbone.std,
-    )
+    words = len(vocabulary)
+    return build_nic(recipe, backbone.trunk, words, backbone.mean, backbone.std, with_trunk=with_trunk)
 
 
 def groups(model: NIC, recipe: CaptionRecipe) -> list[dict[str, Any]]:
@@ -170,7 +166,6 @@ def predict(
     if run.done("predict"):
         return
     recipe = run.recipe
-    banned = [PAD, START] if recipe.emit_unk else [PAD, START, UNK]
     with run.stage("predict", files=["predictions.json", "vocabulary.json"]):
         if model.trunk is None:
             features = pooled_features(backbone, test_set.paths, recipe, device, 1)[:, 0]
@@ -181,12 +176,7 @@ def predict(
         captions: list[str] = []
         for block in progress(blocks, desc="captioning", unit="batch", delay=2):
             inputs = torch.from_numpy(block.copy()).to(device)
-            with autocast(recipe, device):
-                state = model.start(inputs)
-            numbers, _ = beam_search(
-                model.advance, state, len(inputs), recipe.search, start=START, end=END, banned=banned
-            )
-            captions += [vocabulary.decode(row) for row in numbers.tolist()]
+            captions += decode(model, inputs, recipe, vocabulary)[0]
         results = [{"image_id": int(i), "caption": c} for i, c in zip(test_set.ids, captions)]
         write_json(run.folder / "predictions.json", results)
 
@@ -196,11 +186,15 @@ def score(
     scorer: Scorer,
     test_set: CaptionSet,
     constant: str,
+    training: Collection[str],
     vocabulary: int,
     device: torch.device,
     cost: dict[str, Any],
 ) -> None:
-    """Score predictions.json and the constant caption by the same evaluator; write the cell."""
+    """Score predictions.json and the constant caption by the same evaluator; write the cell.
+
+    `training` holds all training captions, as words separated by spaces.
+    """
     captions = [entry["caption"] for entry in read_json(run.folder / "predictions.json")]
     if len(captions) != len(test_set):
         raise UserError(f"{run.folder / 'predictions.json'}: changed by hand? delete it and run again")
@@ -211,7 +205,15 @@ def score(
     metrics: dict[str, float | None] = {k: float(v[0]) for k, v in rescore(TASK, images).items()}
     metrics.setdefault("METEOR", None)
     chance = {k: float(v[0]) for k, v in rescore(TASK, constant_images).items()}
-    report = make_report(metrics, chance, images, captions, constant, scorer, test_set, vocabulary)
+    report = {
+        "metrics": metrics,
+        "chance": chance,
+        "chance caption": constant,
+        "captions": statistics(captions, scorer.references)
+        | {"vocabulary": vocabulary, "captions of training": sum(c in training for c in captions)},
+        **best_and_worst(images, captions, test_set.ids, test_set.captions, test_set.paths),
+    }
+    write_pictures(run.folder, report)
     run.finish(
         metrics=metrics,
         chance=chance,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 PIECE = re.compile(r"[^\W\d_]+|\d+")
@@ -39,11 +39,11 @@ class _Words(dict):
 
 
 class _Phrases(dict):
-    """phrase → whether all its words are made of the wanted pieces."""
+    """phrase → whether all its words are made of the wanted pieces; for phrases that come again and again."""
 
-    def __init__(self, wanted: Iterable[str]) -> None:
+    def __init__(self, word: Callable[[bytes], bool]) -> None:
         super().__init__()
-        self.word = _Words(wanted).__getitem__
+        self.word = word
 
     def __missing__(self, phrase: bytes) -> bool:
         self[phrase] = found = all(map(self.word, phrase.split()))
@@ -58,23 +58,30 @@ def filter_table(
     One phrase is made of pieces of `references`, the other of `captions` (None: of anything). Keeps the table's
     order; writes `out` atomically.
     """
-    ours = _Phrases(references)
-    theirs = None if captions is None else _Phrases(captions)
-    tail = b""
+    ours = _Words(references).__getitem__
+    # the table is sorted by its first phrase, so that only those are worth remembering
+    first_ours, tail = _Phrases(ours), b""
+    if captions is not None:
+        theirs = _Words(captions).__getitem__
+        first_theirs = _Phrases(theirs)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with gzip.open(table) as source, gzip.open(temporary, "wb", 1) as target:
         while block := source.read(BLOCK):
             lines = (tail + block).split(b"\n")
             end = (len(lines) - 1) // 3 * 3
             tail = b"\n".join(lines[end:])
-            kept = [
-                line
-                for one, other in zip(lines[1:end:3], lines[2:end:3])
-                if (ours[one] and (theirs is None or theirs[other]))
-                or (ours[other] and (theirs is None or theirs[one]))
-                for line in (b"1", one, other)  # METEOR reads the probability and does not use it
-            ]
-            target.write(b"".join(line + b"\n" for line in kept))
+            pairs = zip(lines[1:end:3], lines[2:end:3])
+            if captions is None:
+                kept = [(a, b) for a, b in pairs if first_ours[a] or all(map(ours, b.split()))]
+            else:
+                kept = [
+                    (a, b)
+                    for a, b in pairs
+                    if (first_ours[a] and all(map(theirs, b.split())))
+                    or (first_theirs[a] and all(map(ours, b.split())))
+                ]
+            # METEOR reads the probability and does not use it
+            target.write(b"".join([b"1\n%b\n%b\n" % pair for pair in kept]))
     temporary.replace(out)
 
 

@@ -27,6 +27,12 @@ class CaptionRecipe(Recipe):
     feature_bn: bool = knob(True, "batch norm behind the projection of the image feature", "B")
     threshold: int = knob(4, "occurrences in training captions that make a word", "B")
     punctuation: bool = knob(True, "whether punctuation marks are words", "B")
+    words: str = knob(
+        "treebank",
+        "what splits training captions: nltk's Treebank rules, or ptb, the evaluation's tokenizer, through Java",
+        "B",
+        choices=("treebank", "ptb"),
+    )
     group: bool = knob(
         False, "true: an item is an image with all its captions; false: an image with one caption", "B"
     )
@@ -98,6 +104,8 @@ class CaptionRecipe(Recipe):
         for name in ("embed", "hidden", "threshold", "views", "beam", "longest", "train_longest", "size"):
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name}={getattr(self, name)}, it must be at least 1")
+        if self.words == "ptb" and self.punctuation:
+            raise UserError("recipe: words=ptb drops punctuation: --set punctuation=false")
         if not 0 <= self.dropout < 1:
             raise UserError(f"recipe: dropout={self.dropout}, it is a share, from 0 to below 1")
         for resize, size in (self.crop(False), self.crop(True)):

@@ -1,65 +1,80 @@
 """The evaluation report of captions: scores beside chance, lengths and vocabulary, the best and the worst."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from captioning.scoring import Scorer
 from common.cell import Run
-from common.data.types import CaptionSet
+from common.data.decode import read_rgb
+from common.data.pictures import shrink, write_jpeg
+from common.files import make_folder
 from common.metrics.captions import NAMES, per_image
 
 SHOWN = 10  # best and worst captions
+SIDE = 320  # pixels of their pictures, the longer side
 
 
-def make_report(
-    metrics: Mapping[str, float | None],
-    chance: Mapping[str, float],
-    images: Mapping[str, np.ndarray],
-    captions: Sequence[str],
-    constant: str,
-    scorer: Scorer,
-    test_set: CaptionSet,
-    vocabulary: int,
-) -> dict[str, Any]:
-    """What report.json holds: scores, statistics of lengths and words, the best and worst captions by CIDEr."""
-    cider = per_image(images)["CIDEr"]
-    order = np.argsort(-cider, kind="stable")
+def statistics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Counts and lengths in words of captions beside those of their tokenised references."""
     words = [caption.split() for caption in captions]
     lengths = np.array([len(w) for w in words])
-    used = {word for caption in words for word in caption}
-    reference_lengths = [len(r.split()) for image in scorer.references for r in image]
-    count = max(1, min(SHOWN, len(order) // 2))
-    pick = {"best": order[:count], "worst": order[::-1][:count]}
+    reference_words = [r.split() for image in references for r in image]
+    used = Counter(word for caption in words for word in caption)
     return {
-        "metrics": dict(metrics),
-        "chance": dict(chance),
-        "chance caption": constant,
-        "captions": {
-            "images": len(captions),
-            "mean words": round(float(lengths.mean()), 2),
-            "shortest": int(lengths.min()),
-            "longest": int(lengths.max()),
-            "empty": int((lengths == 0).sum()),
-            "mean words of references": round(float(np.mean(reference_lengths)), 2),
-            "different captions": len(set(captions)),
-            "different words": len(used),
-            "vocabulary": vocabulary,
-        },
-        **{
-            name: [
-                {
-                    "image_id": test_set.ids[i],
-                    "CIDEr": round(float(cider[i]), 4),
-                    "caption": captions[i],
-                    "references": list(test_set.captions[i]),
-                }
-                for i in chosen
-            ]
-            for name, chosen in pick.items()
-        },
+        "images": len(captions),
+        "mean words": round(float(lengths.mean()), 2),
+        "mean words of references": round(float(np.mean([len(r) for r in reference_words])), 2),
+        "shortest": int(lengths.min()),
+        "longest": int(lengths.max()),
+        "captions of each length": ", ".join(
+            f"{k}: {v}" for k, v in sorted(Counter(lengths.tolist()).items())
+        ),
+        "empty": int((lengths == 0).sum()),
+        "different captions": len(set(captions)),
+        "different words": len(used),
+        "different words of references": len({word for r in reference_words for word in r}),
+        "most used words": ", ".join(word for word, _ in used.most_common(10)),
     }
+
+
+def best_and_worst(
+    images: Mapping[str, np.ndarray],
+    captions: Sequence[str],
+    ids: Sequence[Any],
+    references: Sequence[Sequence[str]],
+    paths: Sequence[Path] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """The best and the worst captions by CIDEr, of the per-image statistics `images`, with their references."""
+    cider = per_image(images)["CIDEr"]
+    order = np.argsort(-cider, kind="stable")
+    count = max(1, min(SHOWN, len(order) // 2))
+    return {
+        name: [
+            {
+                "image_id": ids[i],
+                "CIDEr": round(float(cider[i]), 4),
+                "caption": captions[i],
+                "references": list(references[i]),
+                **({"file": str(paths[i])} if paths else {}),
+            }
+            for i in chosen
+        ]
+        for name, chosen in {"best": order[:count], "worst": order[::-1][:count]}.items()
+    }
+
+
+def write_pictures(folder: Path, report: dict[str, Any]) -> None:
+    """Put the images of the best and the worst captions below `folder`; their `file` becomes `picture`."""
+    target = make_folder(folder / "pictures")
+    for old in target.glob("*.jpg"):
+        old.unlink()
+    entries = [entry for name in ("best", "worst") for entry in report[name]]
+    for number, entry in enumerate(entries):
+        entry["picture"] = f"pictures/{number}.jpg"
+        write_jpeg(folder / entry["picture"], shrink(read_rgb(Path(entry.pop("file"))), SIDE))
 
 
 def scores_table(metrics: Mapping[str, float | None], chance: Mapping[str, float] | None = None) -> list[str]:
@@ -68,7 +83,7 @@ def scores_table(metrics: Mapping[str, float | None], chance: Mapping[str, float
         "| metric | score × 100 |" + (" chance |" if chance else ""),
         "|---|---|" + ("---|" if chance else ""),
     ]
-    for name in NAMES:
+    for name in (*NAMES, *(name for name in metrics if name not in NAMES)):
         value = metrics.get(name)
         cells = [name, "n/a" if value is None else f"{100 * value:.1f}"]
         if chance:
@@ -95,12 +110,19 @@ def as_markdown(run: Run, report: Mapping[str, Any], cost: Mapping[str, Any]) ->
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in report["captions"].items()),
     ]
+    return "\n".join([*lines, *captions_shown(report)])
+
+
+def captions_shown(report: Mapping[str, Any]) -> list[str]:
+    """The best and the worst captions as Markdown, with pictures where they were written."""
+    lines = []
     for name in ("best", "worst"):
         if report[name]:
-            lines += ["", f"## The {name} captions by CIDEr", ""]
+            lines += ["", f"## The {name} captions by CIDEr"]
         for entry in report[name]:
-            lines.append(
-                f"- image {entry['image_id']}, {100 * entry['CIDEr']:.1f}: **{entry['caption'] or '(empty)'}**"
-            )
+            if "picture" in entry:
+                lines += ["", f"![]({entry['picture']})"]
+            said = entry["caption"] or "(empty)"
+            lines += ["", f"- image {entry['image_id']}, {100 * entry['CIDEr']:.1f}: **{said}**"]
             lines += [f"  - {reference}" for reference in entry["references"]]
-    return "\n".join(lines)
+    return lines

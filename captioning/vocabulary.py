@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.java import one_line
-from captioning.tokenizer import PUNCTUATION
+from captioning.java import JavaError, one_line
+from captioning.tokenizer import PUNCTUATION, Tokenizer, tokenize_references
 from common.errors import UserError
 from common.files import read_json, write_json
 
@@ -27,6 +27,23 @@ def words_of(caption: str, punctuation: bool) -> list[str]:
     """A caption's words in lower case by nltk's Treebank rules; `punctuation` says whether marks are words too."""
     words = _treebank().tokenize(one_line(caption).lower())
     return words if punctuation else [w for w in words if w not in PUNCTUATION and WORD.search(w)]
+
+
+def words_of_all(captions: Sequence[Sequence[str]], how: str, punctuation: bool) -> list[list[list[str]]]:
+    """The words of each caption of each image: `treebank` as `words_of`, `ptb` by the evaluation's own tokenizer.
+
+    Raises UserError when ptb is asked for and Java is missing.
+    """
+    if how == "treebank":
+        return [[words_of(caption, punctuation) for caption in image] for image in captions]
+    tokenizer = Tokenizer()
+    try:
+        tokens = tokenize_references(captions, "ptb", tokenizer)
+    except JavaError as error:
+        raise UserError(f"words=ptb: {error}; or take nltk's rules: --set words=treebank") from None
+    finally:
+        tokenizer.close()
+    return [[[w for w in caption.split() if WORD.search(w)] for caption in image] for image in tokens]
 
 
 class Vocabulary:

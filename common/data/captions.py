@@ -1,4 +1,4 @@
-"""Caption sets: any JSON in COCO's caption format, beside a folder of images."""
+"""Caption sets: any JSON in COCO's caption format, or a Karpathy split file, beside a folder of images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +19,34 @@ PLAIN_NAMES = ("images", "train", "val", "train2014", "val2014", "train2017", "v
 
 
 def read_captions(spec: DataSpec) -> tuple[CaptionSet, CaptionSet]:
-    """Read `captions:images=DIR,train=A.json,val=B.json` or `captions:DIR` in COCO's layout as (train, test).
+    """Read captions as (train, test): in COCO's format, or by a Karpathy split file.
 
-    `images=` is one folder for both, `train_images=`, `val_images=`, `test_images=` are one each. The test
-    set is `test=` where given, else `val=`; below a DIR the files are found by COCO's names.
+    `captions:images=DIR,train=A.json,val=B.json`: `images=` is one folder for both, `train_images=`, `val_images=`,
+    `test_images=` are one each; the test set is `test=` where given, else `val=`. `captions:DIR` finds the files by
+    COCO's names, those of 2014 before those of 2017; `year=2017` asks for the latter.
+    `captions:DIR,karpathy=dataset_coco.json` trains on the file's train and restval images and tests on its test
+    images; `test=val` on its val images.
     """
     root = need_folder(spec.path, LAYOUT) if spec.path else None
+    if "karpathy" in spec.options:
+        return _warn_of_both(*_read_karpathy(spec, root))
     tested = "test" if "test" in spec.options else "val"
     files = {part: _annotation_file(spec, root, part) for part in ("train", tested)}
     folders = {part: _image_folder(spec, root, part, files[part]) for part in files}
-    default = root.resolve() if root else folders["train"].resolve()
-    if not root and default.name in PLAIN_NAMES:
-        default = default.parent
-    name = short_name(spec.options.get("name", default.name))
-    train, test = (_read(name, files[part], folders[part]) for part in files)
+    name = _set_name(spec, root or folders["train"])
+    return _warn_of_both(*(_read(name, files[part], folders[part]) for part in files))
+
+
+def _set_name(spec: DataSpec, folder: Path) -> str:
+    folder = folder.resolve()
+    if not spec.path and folder.name in PLAIN_NAMES:
+        folder = folder.parent
+    year = spec.options.get("year", "")
+    default = folder.name + (f"-{year}" if year else "") + ("-karpathy" if "karpathy" in spec.options else "")
+    return short_name(spec.options.get("name", default))
+
+
+def _warn_of_both(train: CaptionSet, test: CaptionSet) -> tuple[CaptionSet, CaptionSet]:
     both = set(train.paths) & set(test.paths)
     if both:
         line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
@@ -46,12 +60,15 @@ def _annotation_file(spec: DataSpec, root: Path | None, part: str) -> Path:
         return root / path if root and not path.exists() else path
     if root is None:
         raise UserError(f"--data {spec}: no {part}=FILE; write captions:images=DIR,train=A.json,val=B.json")
-    for suffix in SUFFIXES:
+    year = spec.options.get("year", "")
+    for suffix in (year,) if year else SUFFIXES:
         path = root / "annotations" / f"captions_{part}{suffix}.json"
         if path.is_file():
             return path
     within = root / "annotations" if (root / "annotations").is_dir() else root
-    raise UserError(f"{within}: has no captions_{part}*.json ({found(within)}); expected {LAYOUT}")
+    raise UserError(
+        f"{within}: has no captions_{part}{year or '*'}.json ({found(within)}); expected {LAYOUT}"
+    )
 
 
 def _image_folder(spec: DataSpec, root: Path | None, part: str, file: Path) -> Path:
@@ -98,13 +115,16 @@ def _read(name: str, file: Path, folder: Path) -> CaptionSet:
 
 def _image_names(images: list[Any], file: Path) -> dict[int, str]:
     names: dict[int, str] = {}
+    doubled = []
     for number, image in enumerate(images):
         where = f"{file}: images[{number}]"
         key = _field(image, "id", int, where)
         file_name = _field(image, "file_name", str, where)
         if key in names:
-            raise UserError(f"{where}: image id {key} is doubled ({names[key]} and {file_name})")
-        names[key] = file_name
+            doubled.append(f"{where}: image id {key} is doubled ({names[key]} and {file_name})")
+        names.setdefault(key, file_name)
+    if doubled:
+        raise UserError(doubled[0] + (f"; {len(doubled)} ids are" if len(doubled) > 1 else ""))
     return names
 
 
@@ -140,3 +160,62 @@ def _field(item: Any, key: str, kind: type, where: str) -> Any:
         has = f"{value!r}" if value is not None else f"missing, found {keys}"
         raise UserError(f"{where}: '{key}' is {has}; expected {'an integer' if kind is int else 'text'}")
     return value
+
+
+def _read_karpathy(spec: DataSpec, root: Path | None) -> list[CaptionSet]:
+    """The two sets of a Karpathy split file (Karpathy & Fei-Fei, CVPR 2015): dataset_coco.json, dataset_flickr8k.json …"""
+    file = Path(spec.options["karpathy"])
+    file = root / file if root and not file.exists() else file
+    for key in ("train", "val", "year"):
+        if key in spec.options:
+            raise UserError(f"--data {spec}: {key}= does not go with karpathy=, which says what is what")
+    tested = spec.options.get("test", "test")
+    if tested not in ("test", "val"):
+        raise UserError(f"--data {spec}: test={tested}; with karpathy= it is test or val")
+    folder = Path(spec.options["images"]) if "images" in spec.options else root
+    if folder is None:
+        raise UserError(f"--data {spec}: no images=DIR; where are the images of {file}?")
+    folder = root / folder if root and not folder.exists() else folder
+    need_folder(folder, f"the images of {file}")
+    content = read_json(file)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not images:
+        raise UserError(f"{file}: has no list 'images'; expected a Karpathy split file (dataset_coco.json)")
+    parts = {"train": ("train", "restval"), tested: (tested,)}
+    return [
+        _karpathy_part(_set_name(spec, folder), file, folder, images, splits) for splits in parts.values()
+    ]
+
+
+def _karpathy_part(
+    name: str, file: Path, folder: Path, images: list[Any], splits: tuple[str, ...]
+) -> CaptionSet:
+    report = Report()
+    captions: dict[int, list[str]] = {}
+    paths: dict[int, Path] = {}
+    for number, image in enumerate(images):
+        where = f"{file}: images[{number}]"
+        if _field(image, "split", str, where) not in splits:
+            continue
+        key = _field(image, "cocoid" if "cocoid" in image else "imgid", int, where)
+        if key in paths:
+            raise UserError(f"{where}: image id {key} is doubled")
+        inside = Path(image.get("filepath", ""), _field(image, "filename", str, where))
+        paths[key] = folder / (inside if (folder / inside.parent).is_dir() else inside.name)
+        sentences = image.get("sentences")
+        if not isinstance(sentences, list):
+            raise UserError(f"{where}: 'sentences' is no list; expected a Karpathy split file")
+        texts = [" ".join(_field(s, "raw", str, f"{where} sentence").split()) for s in sentences]
+        captions[key] = [text for text in texts if text]
+        if len(captions[key]) < len(texts):
+            report.note("empty caption: dropped", where, len(texts) - len(captions[key]))
+        if not captions[key]:
+            report.note("image without a caption: left out", inside.name)
+            del captions[key]
+    ids = list(captions)
+    if not ids:
+        raise UserError(f"{file}: no image with a caption has split {' or '.join(splits)}")
+    chosen = [paths[key] for key in ids]
+    need_present(file, "images", chosen)
+    key = fingerprint(["captions", *splits], ids, chosen, [file])
+    return CaptionSet(name, ids, chosen, [captions[i] for i in ids], key, report.lines())

@@ -10,7 +10,10 @@ OPTIONS = {
     "folder": ("train", "val", "boxes", "boxes_split", "exclude_boxed", "name"),
     "voc": ("year", "train", "test", "classes", "name"),
     "coco": ("year", "images", "train_images", "val_images", "train", "val", "classes", "name"),
-    "captions": ("images", "train_images", "val_images", "test_images", "train", "val", "test", "name"),
+    "captions": (
+        *("images", "train_images", "val_images", "test_images", "train", "val", "test"),
+        *("year", "karpathy", "name"),
+    ),
     "cub": ("name",),
     "cifar10": ("name",),
     "cifar100": ("name",),

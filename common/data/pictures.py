@@ -1,0 +1,57 @@
+"""Pictures that a user names, and pictures written for a user."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.data.decode import resize
+from common.errors import UserError
+from common.files import write_atomic
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+def find_pictures(given: Sequence[Path]) -> list[Path]:
+    """Picture files, and the pictures directly in folders, in order. UserError for what is neither."""
+    return [path for one in given for path in _expand(one.expanduser())]
+
+
+def _expand(path: Path) -> list[Path]:
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not inside:
+            raise UserError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
+        return inside
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return [path]
+
+
+def picture_names(paths: Sequence[Path]) -> list[str]:
+    """A name to write each picture under: its own with .jpg; of equal ones the later get a number."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        name, number = f"{path.stem}.jpg", 1
+        while name in names:
+            number += 1
+            name = f"{path.stem}-{number}.jpg"
+        names[name] = path
+    return list(names)
+
+
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (H, W, 3) with its longer side at most `side` pixels."""
+    height, width = image.shape[:2]
+    factor = min(1.0, side / max(width, height))
+    return resize(image, (max(1, round(width * factor)), max(1, round(height * factor))))
+
+
+def write_jpeg(path: Path, picture: Image.Image | np.ndarray, quality: int = 90) -> None:
+    """Write a JPEG, whole or not at all."""
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    write_atomic(path, lambda file: file.write(buffer.getvalue()))
