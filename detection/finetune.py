@@ -82,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
         desc=f"{args.detector} {backbone.name}",
         evaluate=evaluation(test_set, recipe, device) if args.every else None,
         every=args.every,
-        **engine_options(args),
     )
     if is_main():
         write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths, frames=test_set.sizes)
