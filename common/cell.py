@@ -153,15 +153,17 @@ class Run:
                 **{f"{name}_s": entry["seconds"] for name, entry in stages.items()},
                 "iterations": cost.get("iterations", 0),
                 "images": cost.get("images", 0),
-                "compiled": cost.get("compiled", False),
-                "processes": cost.get("processes", [1]),
                 "peak_memory_mb": max(cost.get("peak_memory_mb", 0), peak_memory(device)),
             },
             "keys": self.keys,
             "notes": self.notes,
             "files": {name: file_digest(self.folder / name) for name in sorted(set(names))},
             **self.facts,
-            "device": hardware(device),
+            "device": {
+                **hardware(device),
+                "compiled": cost.get("compiled", False),
+                "trained_on_processes": cost.get("processes", [1]),
+            },
             "precision": resolve_precision(self.recipe, device),
         }
         write_json(self.folder / "cell.json", cell)
