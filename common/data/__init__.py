@@ -9,8 +9,11 @@ from common.data.cifar import read_cifar
 from common.data.coco import read_coco
 from common.data.cub import read_cub
 from common.data.folder import read_folder
+from common.data.ilsvrc import read_ilsvrc
 from common.data.layout import short_name
+from common.data.overlap import refuse_copies
 from common.data.spec import DataSpec, parse_data
+from common.data.tiny_imagenet import read_tiny_imagenet
 from common.data.types import CaptionSet, DetectionSet, ImageSet
 from common.data.voc import read_voc
 from common.errors import UserError
@@ -33,7 +36,7 @@ AnySet = TypeVar("AnySet", ImageSet, DetectionSet, CaptionSet)
 def open_classification(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of `scenes`, `folder`, `cub`, `cifar10` or `cifar100`, as (train, test).
+    """Training and test images of a kind of image set (`readers` below), as (train, test).
 
     `limit` keeps that many images of each. Every kept image is checked (present, header, end of file):
     the first bad one raises UserError, or with `skip_bad` all bad ones are left out and counted.
@@ -41,6 +44,8 @@ def open_classification(
     readers = {
         "folder": read_folder,
         "cub": read_cub,
+        "ilsvrc": read_ilsvrc,
+        "tiny_imagenet": read_tiny_imagenet,
         "cifar10": read_cifar,
         "cifar100": read_cifar,
         "scenes": _of_scenes("folder", "imagenet", read_folder),
@@ -51,16 +56,20 @@ def open_classification(
 def open_localisation(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[ImageSet, ImageSet]:
-    """As `open_classification`, of `scenes`, `cub` or `folder` with `boxes=`; the test images have boxes.
+    """As `open_classification`, of sets with boxes; the test images have boxes.
 
-    No test image is also a training image.
+    An image that is also a training image is refused.
     """
     readers = {
         "folder": lambda spec: read_folder(spec, localise=True),
         "cub": read_cub,
+        "ilsvrc": lambda spec: read_ilsvrc(spec, localise=True),
+        "tiny_imagenet": read_tiny_imagenet,
         "scenes": _of_scenes("cub", "cub", read_cub),
     }
-    return _open("localisation", readers, spec, limit, skip_bad)
+    train, test = _open("localisation", readers, spec, limit, skip_bad)
+    refuse_copies(train, test)
+    return train, test
 
 
 def open_detection(

@@ -1,11 +1,13 @@
-"""Box lists `path,x0,y0,x1,y1`: boxes as shares of an image's width and height, several rows an image."""
+"""Boxes as shares of an image's width and height: from lists `path,x0,y0,x1,y1`, or from pixels."""
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from common.data.decode import read_headers
 from common.data.layout import Report
 from common.errors import UserError
 
@@ -69,3 +71,32 @@ def _share_box(row: list[str], where: str) -> list[float]:
             raise UserError(f"{where}: {key} is {text}; boxes are shares of width and height, from 0 to 1")
         box.append(value)
     return box
+
+
+def pixel_shares(
+    boxes: Sequence[np.ndarray], paths: Sequence[Path], ids: Sequence[str], report: Report
+) -> list[np.ndarray]:
+    """Boxes in pixels, n × (k, 4) half-open, as shares of the upright image, whose size its header says.
+
+    Boxes that reach outside are clipped, boxes that have no area inside dropped; both are in `report`.
+    """
+    headers = read_headers(paths)
+    sizes = np.where(headers[:, 2:] >= 5, headers[:, 1::-1], headers[:, :2])
+    sizes = np.maximum(sizes, 1)  # unreadable: the image check names it
+    counts = [len(part) for part in boxes]
+    owner = np.repeat(np.arange(len(boxes)), counts)
+    shares = np.concatenate([np.zeros((0, 4)), *boxes]) / np.tile(sizes[owner], 2)
+    clipped = np.clip(shares, 0, 1)
+    empty = (clipped[:, :2] >= clipped[:, 2:]).any(1)
+    outside = ((shares < 0) | (shares > 1 + 1e-9)).any(1) & ~empty
+    readable = headers[owner, 0] > 0
+    for rule, fired in (
+        ("box with no area inside its image: dropped", empty & readable),
+        ("box reaches outside its image: clipped", outside & readable),
+    ):
+        if fired.any():
+            report.note(rule, str(ids[owner[np.argmax(fired)]]), int(fired.sum()))
+    ends = np.cumsum(counts)
+    return [
+        clipped[end - count : end][~empty[end - count : end]] for end, count in zip(ends.tolist(), counts)
+    ]

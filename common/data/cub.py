@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.decode import read_headers
+from common.data.boxes import pixel_shares
 from common.data.fingerprint import fingerprint
 from common.data.layout import Report, found, need_folder, need_present, read_lines, short_name
 from common.data.spec import DataSpec
@@ -67,24 +67,9 @@ def _part(whole: ImageSet, pixels: np.ndarray, indices: np.ndarray, root: Path) 
         raise UserError(f"{root / 'train_test_split.txt'}: every image is in one part; expected 1 and 0")
     report = Report()
     part = whole.take(indices)
-    headers = read_headers(part.paths)
-    sizes = np.where(headers[:, 2:] >= 5, headers[:, 1::-1], headers[:, :2])
-    sizes = np.maximum(sizes, 1)  # unreadable: the image check names it
     x, y, w, h = pixels[indices].T
-    shares = np.stack([x, y, x + w, y + h], axis=1) / np.hstack([sizes, sizes])
-    clipped = np.clip(shares, 0, 1)
-    empty = (clipped[:, :2] >= clipped[:, 2:]).any(1)
-    readable = headers[:, 0] > 0
-    for rule, fired in (
-        ("box with no area inside its image: dropped", empty & readable),
-        (
-            "box reaches outside its image: clipped",
-            ((shares < 0) | (shares > 1 + 1e-9)).any(1) & ~empty & readable,
-        ),
-    ):
-        if fired.any():
-            report.note(rule, part.ids[int(np.argmax(fired))], int(fired.sum()))
-    boxes = [np.zeros((0, 4)) if gone else box[None] for gone, box in zip(empty, clipped)]
+    corners = np.stack([x, y, x + w, y + h], axis=1)[:, None]
+    boxes = pixel_shares(list(corners), part.paths, part.ids, report)
     return replace(part, boxes=boxes, report=report.lines())
 
 

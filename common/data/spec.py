@@ -15,6 +15,8 @@ OPTIONS = {
         *("year", "karpathy", "name"),
     ),
     "cub": ("name",),
+    "ilsvrc": ("boxes", "train_boxes", "name"),
+    "tiny_imagenet": ("name",),
     "cifar10": ("name",),
     "cifar100": ("name",),
 }
@@ -25,6 +27,8 @@ EXAMPLES = {
     "coco": "coco:images=DIR,train=A.json,val=B.json",
     "captions": "captions:images=DIR,train=A.json,val=B.json",
     "cub": "cub:CUB_200_2011",
+    "ilsvrc": "ilsvrc:DIR,boxes=FILE_OR_DIR",
+    "tiny_imagenet": "tiny_imagenet:tiny-imagenet-200",
     "cifar10": "cifar10:DIR",
     "cifar100": "cifar100:DIR",
 }
