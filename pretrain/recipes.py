@@ -88,6 +88,8 @@ MINI = PretrainRecipe(  # I: 10 classes at 128 px (Imagenette), meant for minute
     size=112,  # I
     resize=128,  # I: the files' own size
     crop="random_resized",
+    cache="short",  # I: decoded once
+    resize_backend="torch",  # I: antialiased, twice as fast as PIL's, within 2 of 255
 )
 
 TINY = PretrainRecipe(
