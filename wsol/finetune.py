@@ -16,13 +16,16 @@ import common  # noqa: F401  first, before torch
 
 # isort: split
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 
 from common.backbone import Backbone
 from common.cell import Run
 from common.classify import make_step
-from common.crops import TrainImages
+from common.crops import SQUARES, TrainImages
 from common.data import open_localisation
 from common.data.decode import Fit, centre_crop, decode_all
 from common.data.thumbnails import write_thumbnails
@@ -158,11 +161,11 @@ def image_maps(
 ) -> tuple[ScoreMaps, dict[str, np.ndarray]]:
     """Maps of every image's centre crop (the image squeezed to resize², its central size² kept); see above."""
     model.to(device).eval()
-    squares = decode_all(images.paths, Fit(recipe.resize, recipe.resize))
     ids, parts, ranks, logits_of_maps = np.array(images.ids), [], [], []
-    for start in progress(range(0, len(images), recipe.test_batch), desc="score maps", unit="batch", delay=2):
-        now = slice(start, start + recipe.test_batch)
-        crops = np.stack([centre_crop(image, (recipe.size, recipe.size)) for image in squares[now]])
+    batches = square_batches(images, recipe)
+    steps = -(-len(images) // recipe.test_batch)
+    for now, squares in progress(batches, total=steps, desc="score maps", unit="batch", delay=2):
+        crops = np.stack([centre_crop(image, (recipe.size, recipe.size)) for image in squares])
         labels = torch.from_numpy(images.labels[now]).to(device)
         with autocast(recipe, device):
             features = model.trunk(normalise(torch.from_numpy(crops).to(device), mean, std))
@@ -176,6 +179,32 @@ def image_maps(
         "window": crop_window(recipe.resize, recipe.size),
     }
     return join(parts), more
+
+
+def square_batches(images: ImageSet, recipe: WSOLRecipe) -> Iterator[tuple[slice, Iterable[np.ndarray]]]:
+    """The images squeezed to resize², `test_batch` at a time.
+
+    From the decoded cache, or from the files where the recipe or the set's size says so (`cache`).
+    """
+    side = recipe.resize
+    fit = Fit(side, side, backend=recipe.resize_backend)
+    slices = [
+        slice(start, min(start + recipe.test_batch, len(images)))
+        for start in range(0, len(images), recipe.test_batch)
+    ]
+    if recipe.cache != "file" and (recipe.cache == "square" or len(images) * side * side * 3 <= SQUARES):
+        squares = decode_all(images.paths, fit)
+        yield from ((now, squares[now]) for now in slices)
+        return
+    with ThreadPoolExecutor() as pool:
+
+        def read(now: slice) -> list:
+            return [pool.submit(lambda i=i: fit(images.read(i))) for i in range(now.start, now.stop)]
+
+        ahead = read(slices[0])  # the next batch is read while this one is predicted
+        for now, after in zip(slices, [*slices[1:], slice(0, 0)]):
+            current, ahead = ahead, read(after)
+            yield now, [image.result() for image in current]
 
 
 if __name__ == "__main__":

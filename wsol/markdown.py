@@ -27,6 +27,8 @@ def as_markdown(run: Run, report: dict[str, Any], cost: dict[str, Any], count: i
         )
     lines += [
         "",
+        "True boxes are cut to the test crop, which is what the maps show.",
+        "",
         "paper: a box is right when its IoU with a true box is above .5; Top-1 Loc asks for the right class too, Top-5 "
         "Loc for the true class among the five best and a right box of its map, GT-known Loc for the box of the true "
         "class's map alone. choe2020: the same maps of the true class by the conventions of wsolevaluation; the "

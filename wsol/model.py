@@ -38,6 +38,7 @@ def write_model(run: Run, backbone: Backbone, classes: list[str], threshold: flo
         "std": list(backbone.std),
         "resize": run.recipe.resize,
         "size": run.recipe.size,
+        "resize_backend": run.recipe.resize_backend,
         "threshold": threshold,
         "backbone": backbone.name,
         "method": run.recipe.method,
@@ -68,7 +69,7 @@ class Predictor:
     def read(self, image: np.ndarray) -> np.ndarray:
         """An image uint8 (H, W, 3) of any size as the test crop (size, size, 3)."""
         side, size = self.facts["resize"], self.facts["size"]
-        return centre_crop(resize(image, (side, side)), (size, size))
+        return centre_crop(resize(image, (side, side), self.facts["resize_backend"]), (size, size))
 
     def normalised(self, crops: np.ndarray) -> Tensor:
         """Crops uint8 (n, size, size, 3) → the network's input."""

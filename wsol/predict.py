@@ -5,7 +5,8 @@
 
 DIR is a run folder of wsol/finetune.py. The first form draws the paper's figure 4: for each image OUT/NAME.png with
 heat, the true box in red (of --boxes, rows `path,x0,y0,x1,y1` in shares; an image is the one whose path ends so) and
-the found box in green, a column a run; and OUT/localisation.json. The map is of the class predicted, or of --label.
+the found box in green, a column a run; and OUT/localisation.json. The map is of the class predicted, or of --label;
+IoU is taken inside the test crop, where the maps are, as the scores take it.
 The second draws the paper's figure 1, OUT/mixed-NAME.png a run: two images, mixed by Mixup, Cutout and CutMix, with the
 maps of both their classes (those predicted for the originals, unless --classes names them).
 """
@@ -34,9 +35,9 @@ from common.data.layout import Report
 from common.engine import pick_device
 from common.errors import UserError, run_main
 from common.files import make_folder, write_json
-from common.metrics.localisation import iou
+from common.metrics.localisation import best_iou
 from common.mixing import cutmix, cutmix_box, cutout, mixup
-from wsol.boxes import boxes_from_maps, from_crop
+from wsol.boxes import boxes_from_maps, from_crop, to_crop
 from wsol.model import Predictor, load_predictor, shares_of
 from wsol.pictures import GREEN, RED, captioned, draw_boxes, fitted, overlay, save_picture, sheet
 
@@ -138,11 +139,12 @@ def figure_4(
         drawn = predicted if label is None else class_index(predictor, label)
         found = boxes_from_maps(maps[:, drawn], facts["size"], facts["threshold"])
         box = from_crop(found, facts["resize"], facts["size"])[0] if found.any() else np.zeros(4)
-        overlap = float(iou(box, truth).max()) if len(truth) else None
+        inside = to_crop(truth, facts["resize"], facts["size"])  # as the score counts it
+        overlap = float(best_iou(found, [inside])[0]) if len(truth) else None
         picture = overlay(shown, shares_of(maps[0, drawn]), predictor.window)
         picture = draw_boxes(draw_boxes(picture, truth, RED), box, GREEN)
         class_name = predictor.classes[drawn]
-        text = f"{class_name} {100 * chances[0, drawn]:.0f} %" + (
+        text = f"{class_name}: {100 * chances[0, drawn]:.0f} %" + (
             "" if overlap is None else f", IoU {overlap:.2f}"
         )
         row.append(captioned(picture, [name, text]))
@@ -185,7 +187,7 @@ def figure_1(
     texts = [predictor.classes[index] for index in pair]
     columns = ("Mixup", "Cutout", "CutMix")
     top = [
-        captioned(fitted(crop), [f"{which}: {path.name}", f"{text} {100 * chances[number, index]:.0f} %"])
+        captioned(fitted(crop), [f"{which}: {path.name}", f"{text}: {100 * chances[number, index]:.0f} %"])
         for number, (which, crop, path, text, index) in enumerate(
             zip("AB", crops, (first, second), texts, pair)
         )
@@ -196,7 +198,7 @@ def figure_1(
         [
             captioned(
                 overlay(picture, shares_of(maps[2 + k, index]), WHOLE),
-                [f"map of {text} {100 * chances[2 + k, index]:.0f} %"],
+                [f"map of {text}: {100 * chances[2 + k, index]:.0f} %"],
             )
             for k, picture in enumerate(shown)
         ]
