@@ -48,6 +48,10 @@ TASK = "detection"
 def main(argv: list[str] | None = None) -> int:
     """Arguments → recipe → data → backbone → training → predictions.json → scores, cell."""
     args = arguments().parse_args(argv)
+    if args.compile and args.detector == "faster_rcnn":
+        raise UserError(
+            "--compile: Faster R-CNN's shapes change from image to image; leave it out, or use ssd300"
+        )
     named = RECIPES[args.detector][args.recipe]
     recipe, line = scale_rate(named, override(named, args.set), args.set)
     opened = open_transfer(

@@ -302,6 +302,10 @@ class TestFinetune:
         (cell,) = (tmp_path / "s").rglob("cell.json")
         assert any("nothing is frozen" in note for note in json.loads(cell.read_text())["notes"])
 
+    def test_refuses_to_compile_changing_shapes(self, devkit, backbone, tmp_path):
+        with pytest.raises(UserError, match="leave it out"):
+            finetune.main([*finetune_args(devkit, backbone, tmp_path, "faster_rcnn"), "--compile"])
+
     def test_recipe_fields(self):
         for recipes in RECIPES.values():
             assert list(recipes)[:4] == ["smoke", "tiny", "mini", "paper"]
