@@ -42,6 +42,7 @@ class Cell:
     device: Mapping[str, Any]
     precision: str
     skipped_images: int
+    baselines: Mapping[str, Mapping[str, float]]  # what needs no network scores, by name
 
     @property
     def scratch(self) -> bool:
@@ -140,6 +141,7 @@ def read_cell(path: Path | str) -> Cell:
             device=dict(content["device"]),
             precision=content["precision"],
             skipped_images=content["skipped_images"],
+            baselines=dict(content.get("baselines") or {}),
         )
         if cell.primary not in cell.metrics:
             raise KeyError(cell.primary)
