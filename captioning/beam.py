@@ -47,7 +47,8 @@ def beam_search(
 ) -> tuple[Tensor, Tensor]:
     """The best captions of `images` images: words int64 (images, longest), `end`-filled, and their scores (images,).
 
-    `advance(words (m,), state)` returns next-word logits (m, V) and the new state, tensors (1, m, …) as an LSTM's.
+    `advance(words (m,), state)` returns next-word logits (m, V), which are written over, and the new state, tensors
+    (1, m, …) as an LSTM's.
     A beam that ended is frozen: it keeps its place among the `width` best with its score, and costs nothing. A
     score is the summed log-probability over `beam.scale`. An image is done when no live beam can still overtake its
     best ended one; when none ended within `longest` words, its best unfinished caption is taken. `banned` words
@@ -121,6 +122,6 @@ def _candidates(
     normaliser = logits.logsumexp(1, keepdim=True)
     excluded = [*banned, end] if step < beam.shortest and not beam.legacy else list(banned)
     if excluded:
-        logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), -torch.inf)
+        logits.index_fill_(1, torch.tensor(excluded, device=logits.device), -torch.inf)  # no copy of (m, V)
     value, word = logits.topk(min(beam.width, logits.shape[1]), dim=1)
     return value - normaliser, word

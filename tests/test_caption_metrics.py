@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from captioning.evaluate import main as evaluate
 from captioning.java import JavaError, JavaLines, find_java, one_line
 from captioning.meteor import Meteor
 from captioning.scoring import Scorer
+from captioning.spice import Spice
 from captioning.tokenizer import Tokenizer, tokenize_plain
 from common.errors import UserError
 from common.metrics import captions as metrics
@@ -225,6 +228,117 @@ def test_paraphrase_pieces_cover_every_way_to_split():
     assert paraphrases.pieces(["A T-shirt's 3rd café"]) == {"a", "t", "shirt", "s", "3", "rd", "café"}
 
 
+PAIRS = [
+    ("doctor", "physician"),
+    ("physician", "doctor"),
+    ("bike", "bicycle"),
+    ("red car", "scarlet automobile"),
+]
+
+
+@pytest.fixture
+def small_table(tmp_path, monkeypatch):
+    """METEOR with a paraphrase table of four pairs, so that it starts at once; and a cache folder of its own."""
+    path, jar = tmp_path / "table.gz", meteor.find_jar
+    with gzip.open(path, "wt") as file:
+        file.writelines(f"0.5\n{one}\n{other}\n" for one, other in PAIRS)
+    monkeypatch.setattr(meteor, "find_jar", lambda *parts: path if "data" in parts else jar(*parts))
+    monkeypatch.setenv("BACKBENCH_CACHE", str(tmp_path / "cache"))
+    return path
+
+
+def read_pairs(path: Path) -> list[tuple[str, ...]]:
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    return list(zip(lines[1::3], lines[2::3]))
+
+
+def test_paraphrases_of_references_then_of_captions(small_table, tmp_path):
+    half, cut = tmp_path / "half.gz", tmp_path / "cut.gz"
+    references = {"the", "doctor", "red", "car", "bike"}
+    paraphrases.filter_table(small_table, half, references)
+    assert read_pairs(half) == PAIRS
+    paraphrases.filter_table(small_table, half, references - {"bike"})
+    assert read_pairs(half) == [PAIRS[0], PAIRS[1], PAIRS[3]]
+    paraphrases.filter_table(half, cut, references, {"a", "physician", "scarlet"})
+    assert read_pairs(cut) == PAIRS[:2]  # both directions; no caption says automobile
+
+
+def test_two_processes_share_and_a_second_system_keeps_the_first(small_table, monkeypatch):
+    references = [["the doctor bought a bike"], ["a red car"], ["two dogs run"]] * 5
+    first = ["the doctor has a bike", "a red automobile", "dogs"] * 5
+    second = ["a physician bought a bicycle", "a scarlet automobile", "dogs run home"] * 5
+    alone = Meteor()
+    expected = [alone(first, references), alone(second, references)]
+    alone.close()
+    monkeypatch.setattr(meteor, "MANY", 4)
+    monkeypatch.setattr(meteor, "CHUNK", 2)
+    monkeypatch.setattr(meteor, "_cores", lambda: 2)
+    ours = Meteor()
+    np.testing.assert_array_equal(ours(first, references), expected[0])
+    kept = ours._processes[0]
+    np.testing.assert_array_equal(ours(second, references), expected[1])
+    assert expected[1][0, 16:20].sum() > 0  # paraphrases that only the second system's table holds
+    assert kept in ours._processes and len(ours._processes) == 2
+    np.testing.assert_array_equal(ours(first, references), expected[0])
+    ours.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_a_real_java_that_dies_or_hangs_at_work_is_started_again(small_table, how, monkeypatch, capsys):
+    captions, references = some_captions(60, seed=7)
+    ours = Meteor()
+    expected = ours(captions, references)
+    java = ours._processes[0].java
+    java.timeout, close = (1.0 if how == signal.SIGSTOP else 60.0), java.close
+
+    def patient_from_now_on():
+        java.timeout = 60.0  # to start takes longer than an answer
+        close()
+
+    monkeypatch.setattr(java, "close", patient_from_now_on)
+    os.kill(java._process.pid, how)
+    np.testing.assert_array_equal(ours(captions, references), expected)
+    said = capsys.readouterr().err
+    named = "ended with code -9" if how == signal.SIGKILL else "gave no answer in 1 s"
+    assert f"METEOR's Java {named}" in said and "trying once more" in said
+    ours.close()
+
+
+def test_resampled_meteor_is_the_corpus_score_of_the_drawn_captions(small_table):
+    captions, references = some_captions(30, seed=9)
+    drawn = np.random.default_rng(0).integers(30, size=30)
+    ours = Meteor()
+    stats = ours(captions, references)
+    again = ours([captions[i] for i in drawn], [references[i] for i in drawn])
+    ours.close()
+    weights = np.bincount(drawn, minlength=30)
+    assert metrics.meteor_score(weights @ stats) == pytest.approx(
+        metrics.meteor_score(again.sum(0)), abs=1e-12
+    )
+
+
+SPICE = """import json, sys
+entries = json.load(open(sys.argv[sys.argv.index('-jar') + 2]))
+out = [{'image_id': e['image_id'], 'scores': {'All': {'f': len(e['refs']) / 10}}} for e in entries]
+json.dump(out, open(sys.argv[sys.argv.index('-out') + 1], 'w'))
+"""
+
+
+def test_spice_is_scored_where_its_jar_is_given(tmp_path, monkeypatch):
+    jar = tmp_path / "spice-1.0.jar"
+    jar.write_bytes(b"")
+    monkeypatch.setenv("BACKBENCH_JAVA", make_java(tmp_path, SPICE))
+    np.testing.assert_allclose(Spice(jar)(["a", "b"], [["x", "y"], ["z"]]), [0.2, 0.1])
+    images = metrics.statistics(["a", "b"], [["x", "y"], ["z"]]) | {"spice": np.array([0.2, 0.1])}
+    np.testing.assert_allclose(metrics.rescore(images, [[1, 1], [3, 1]])["SPICE"], [0.15, 0.175])
+    assert "SPICE" not in metrics.rescore(metrics.statistics(["a"], [["x"]]))
+    monkeypatch.setenv("BACKBENCH_JAVA", make_java(tmp_path, "import sys\nsys.exit('no parser')"))
+    with pytest.raises(JavaError, match="SPICE's Java ended with code 1: … no parser"):
+        Spice(jar)(["a"], [["b"]])
+    with pytest.raises(UserError, match=r"gone\.jar: no such file"):
+        Scorer([["a"]], spice=tmp_path / "gone.jar")
+
+
 def make_java(tmp_path: Path, script: str) -> str:
     java = tmp_path / "java"
     java.write_text(f"#!{sys.executable}\n{script}")
@@ -298,6 +412,31 @@ def files(tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     (tmp_path / "results.json").write_text(json.dumps(results[::-1]))
     return tmp_path, results
+
+
+def test_evaluate_writes_a_report(files, monkeypatch):
+    from PIL import Image
+
+    folder, results = files
+    monkeypatch.setenv("BACKBENCH_JAVA", "none")
+    (folder / "images").mkdir()
+    for i in range(12):
+        Image.new("RGB", (600, 400), (20 * i, 0, 0)).save(folder / "images" / f"{i}.jpg")
+    fixed = ["--annotations", str(folder / "annotations.json"), "--results", str(folder / "results.json")]
+    fixed += ["--report", str(folder / "report"), "--images", str(folder / "images")]
+    assert evaluate(fixed) == 0
+    report = json.loads((folder / "report" / "report.json").read_text())
+    best = report["best"][0]
+    assert best["CIDEr"] == max(entry["CIDEr"] for entry in report["best"])
+    assert best["caption"] in [entry["caption"] for entry in results]
+    with Image.open(folder / "report" / best["picture"]) as picture:
+        assert picture.size == (320, 213)
+    shown = (folder / "report" / "report.md").read_text()
+    assert f"![]({best['picture']})" in shown and best["references"][0] in shown
+    assert report["captions"]["images"] == 12 and report["captions"]["mean words"] > 0
+    (folder / "images" / "3.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of 12 images listed there are absent .*3\.jpg"):
+        evaluate(fixed)
 
 
 def test_evaluate_script(files):

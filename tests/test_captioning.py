@@ -254,6 +254,9 @@ def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet,
     assert len({p["caption"] for p in predictions}) >= 3
     report = (folder / "report.md").read_text()
     assert "| CIDEr |" in report and "The worst captions" in report
+    shown = json.loads((folder / "report.json").read_text())["worst"]
+    assert all((folder / entry["picture"]).is_file() and entry["picture"] in report for entry in shown)
+    check_predict(coco, folder, predictions, tmp_path, capsys)
 
     slow = ("--set", "save_every=0")  # a checkpoint after every iteration
     process = subprocess.Popen(command(coco, killed, *backbone, *LEARN, *slow), cwd=tmp_path)
@@ -271,6 +274,37 @@ def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet,
     capsys.readouterr()
     assert main(command(coco, whole, *backbone, *LEARN)[2:]) == 0
     assert "finished already" in capsys.readouterr().out
+
+
+def check_predict(coco: Path, folder: Path, predictions: list, tmp_path: Path, capsys) -> None:
+    """predict.py says of the test images what the run said of them, from the run folder alone."""
+    from PIL import Image
+
+    from captioning.predict import main
+
+    pictures = sorted((coco / "images").glob("val*.png"))
+    fixed = ["--run", str(folder), *map(str, pictures), "--device", "cpu"]
+    capsys.readouterr()
+    written = ["--pictures", str(tmp_path / "said"), "--json", str(tmp_path / "said.json")]
+    assert main([*fixed, *written]) == 0
+    rows = json.loads((tmp_path / "said.json").read_text())
+    assert [row["caption"] for row in rows] == [entry["caption"] for entry in predictions]
+    assert all(row["score"] < 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert f"{pictures[0]}: {rows[0]['caption']} ({rows[0]['score']:.3f})" in printed
+    with Image.open(tmp_path / "said" / "val3.jpg") as picture:
+        assert picture.width == 320 and picture.height > 320 * 43 / 48  # the picture, and its caption below
+    assert main([*fixed, "--set", "longest=2", "--json", str(tmp_path / "short.json")]) == 0
+    short = json.loads((tmp_path / "short.json").read_text())
+    assert max(len(row["caption"].split()) for row in short) <= 2
+    for arguments, message in (
+        ([*fixed, "--set", "hidden=3"], "only its search can be changed"),
+        (["--run", str(tmp_path), str(pictures[0])], "has no model.json"),
+        (["--run", str(folder), str(tmp_path / "no.jpg")], "no such file"),
+        (["--run", str(folder), str(coco / "val.json")], "not a readable image"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(arguments)
 
 
 @pytest.fixture
@@ -303,6 +337,13 @@ def test_a_second_phase_trains_the_encoder_too(run_here, coco, tmp_path):
     before = load_backbone(backbone).trunk.state_dict()
     assert not torch.equal(state["trunk.layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
     assert torch.equal(state["trunk.layer4.0.bn1.running_mean"], before["layer4.0.bn1.running_mean"])
+    from captioning.captioner import load_captioner
+
+    captioner = load_captioner(
+        next(tmp_path.rglob("model.json")).parent
+    )  # the trained encoder, not the backbone's
+    after = captioner.model.trunk.state_dict()["layer4.0.conv1.weight"]
+    assert torch.equal(after, state["trunk.layer4.0.conv1.weight"])
 
 
 def test_one_caption_an_item_as_the_paper(run_here, coco):
@@ -335,6 +376,153 @@ def test_cached_features_equal_the_encoder_run_on_the_same_crops(coco, quiet):
     np.testing.assert_array_equal(again, features)
 
 
+def test_training_on_cached_features_equals_training_through_the_encoder_on_the_same_crops(
+    coco, tmp_path, quiet
+):
+    from captioning.data import CaptionItems, _views, pooled_features
+    from captioning.finetune import make_model, step
+    from captioning.recipes import RECIPES
+    from common.backbone import load_backbone
+    from common.data import open_captions
+    from common.data.decode import Fit, read_rgb
+    from common.engine import train
+    from common.recipe import override
+
+    settings = ["resize=40", "size=32", "precision=fp32", "iterations=8", "dropout=0.2", "threshold=1"]
+    recipe = override(RECIPES["smoke"], settings)
+    spec = f"captions:images={coco / 'images'},train={coco / 'train.json'},val={coco / 'val.json'}"
+    images, _ = open_captions(spec)
+    backbone, cpu = load_backbone(str(coco / "baseline.pt")), torch.device("cpu")
+    words = [[words_of(caption, False) for caption in captions] for captions in images.captions]
+    vocabulary = build_vocabulary((w for image in words for w in image), 1, False)
+    features = pooled_features(backbone, images.paths, recipe, cpu, 4)
+
+    class Crops(CaptionItems):
+        """The views themselves, drawn as their features are."""
+
+        def _input(self, image, rng):
+            pixels = Fit(40, 40)(read_rgb(self.images.paths[image]))
+            return _views(pixels, image, recipe, 4)[rng.integers(4)]
+
+    losses = []
+    for items, with_trunk in (
+        (CaptionItems(images, words, vocabulary, recipe, features=features), False),
+        (Crops(images, words, vocabulary, recipe, crop=(40, 32)), True),
+    ):
+        model = make_model(recipe, backbone, vocabulary, 0, with_trunk=with_trunk)
+        if with_trunk:
+            model.trunk.requires_grad_(False)
+            model.trunk.freeze_bn()
+        folder = tmp_path / str(with_trunk)
+        folder.mkdir()
+        recipe_ = override(recipe, ["log_every=1"])
+        train(model, step, items, recipe_, folder=folder, key="same", seed=3, device=cpu)
+        losses.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+    assert len(losses[0]) == 8 and len(set(losses[0])) == 8
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_words_by_the_evaluation_s_tokenizer(monkeypatch):
+    from captioning.vocabulary import words_of_all
+
+    captions = [["A man's T-shirt, isn't it?", "two (2) dogs"], ["..."]]
+    found = words_of_all(captions, "ptb", False)
+    assert found == [
+        [["a", "man", "'s", "t-shirt", "is", "n't", "it"], ["two", "-lrb-", "2", "-rrb-", "dogs"]],
+        [[]],
+    ]
+    assert words_of_all(captions, "treebank", True)[1] == [["..."]]
+    monkeypatch.setenv("BACKBENCH_JAVA", "none")
+    with pytest.raises(UserError, match="words=ptb: no Java"):
+        words_of_all([["never seen before"]], "ptb", False)
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    """A Karpathy split file of six images in COCO's two folders → (folder, its content, write it)."""
+    from PIL import Image
+
+    splits = ["train", "restval", "val", "test", "test", "train"]
+    images = []
+    for i, split in enumerate(splits):
+        folder = "val2014" if i % 2 else "train2014"
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / folder / f"{i}.png")
+        sentences = [{"raw": f"Image {i}.", "tokens": ["image", str(i)]}, {"raw": f"again {i}"}]
+        image = {"filepath": folder, "filename": f"{i}.png", "cocoid": 10 + i, "imgid": i, "split": split}
+        images.append({**image, "sentences": sentences})
+    content = {"dataset": "coco", "images": images}
+
+    def write() -> str:
+        (tmp_path / "dataset_coco.json").write_text(json.dumps(content))
+        return f"captions:{tmp_path},karpathy=dataset_coco.json"
+
+    return tmp_path, images, write
+
+
+def test_karpathy_splits(karpathy):
+    from common.data import open_captions
+
+    folder, images, write = karpathy
+    train, test = open_captions(write())
+    assert train.ids == [10, 11, 15] and test.ids == [13, 14]  # restval trains
+    assert train.paths[1] == folder / "val2014" / "1.png"
+    assert train.captions[0] == ["Image 0.", "again 0"]
+    assert open_captions(write() + ",test=val")[1].ids == [12]
+    images[0]["sentences"][0]["raw"] = " "
+    assert any("empty caption: dropped" in line for line in open_captions(write())[0].report)
+    for image in images:  # Flickr's files: no folders, no COCO numbers
+        (folder / image.pop("filepath") / image["filename"]).rename(folder / image["filename"])
+        del image["cocoid"]
+    assert open_captions(write() + ",name=flickr")[1].ids == [3, 4]
+
+
+def test_bad_karpathy_splits(karpathy):
+    from common.data import open_captions
+
+    folder, images, write = karpathy
+    for options, message in (
+        (",train=a.json", "does not go with karpathy="),
+        (",test=b.json", "it is test or val"),
+        (",year=2017", "does not go with"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_captions(write() + options)
+    images[3]["cocoid"] = 14
+    with pytest.raises(UserError, match=r"images\[4\]: image id 14 is doubled"):
+        open_captions(write())
+    images[3]["cocoid"] = 13
+    (folder / "val2014" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 images listed there are absent"):
+        open_captions(write())
+    (folder / "dataset_coco.json").write_text('{"images": []}')
+    with pytest.raises(UserError, match="expected a Karpathy split file"):
+        open_captions(f"captions:{folder},karpathy=dataset_coco.json")
+
+
+def test_coco_of_two_years(tmp_path):
+    from PIL import Image
+
+    from common.data import open_captions
+
+    (tmp_path / "annotations").mkdir()
+    for year, key in (("2014", 1), ("2017", 2)):
+        for part in ("train", "val"):
+            (tmp_path / f"{part}{year}").mkdir()
+            Image.new("RGB", (8, 8), (key, 0, 0)).save(tmp_path / f"{part}{year}" / f"{part}.png")
+            content = {
+                "images": [{"id": key, "file_name": f"{part}.png"}],
+                "annotations": [{"id": 1, "image_id": key, "caption": "a cat"}],
+            }
+            (tmp_path / "annotations" / f"captions_{part}{year}.json").write_text(json.dumps(content))
+    assert [part.ids for part in open_captions(f"captions:{tmp_path}")] == [[1], [1]]
+    train, test = open_captions(f"captions:{tmp_path},year=2017")
+    assert (train.ids, test.paths) == ([2], [tmp_path / "val2017" / "val.png"])
+    assert test.name.endswith("-2017")
+    with pytest.raises(UserError, match=r"has no captions_train2015\.json"):
+        open_captions(f"captions:{tmp_path},year=2015")
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -343,6 +531,7 @@ def test_cached_features_equal_the_encoder_run_on_the_same_crops(coco, quiet):
         (["penalty=max"], "choose one of none, average, wu"),
         (["dropout=1"], "a share"),
         (["batch=1"], "feature_bn"),
+        (["words=ptb"], "words=ptb drops punctuation"),
         (["encoder_lr=0", "encoder_epochs=1"], "give its rate"),
     ],
 )
