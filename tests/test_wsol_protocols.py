@@ -28,7 +28,8 @@ def naive_boxes(scaled):
     largest, every = [], []
     for threshold in np.arange(0, 1, 0.001):
         mask = cv2.threshold(grey, int(threshold * np.max(grey)), 255, cv2.THRESH_BINARY)[1]
-        contours = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+        # without foreground OpenCV 5 takes 15 ms to find nothing
+        contours = cv2.findContours(mask, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0] if mask.any() else ()
         boxes = []
         for contour in contours:
             x, y, w, h = cv2.boundingRect(contour)
