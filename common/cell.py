@@ -5,7 +5,6 @@ fingerprints of its inputs and a protocol number raised by hand when the meaning
 never retrains. `cell.json` is written last and atomically: a folder without it is not finished.
 """
 
-import ast
 import fcntl
 import functools
 import hashlib
@@ -26,11 +25,11 @@ import torch
 from common.backbone import Backbone
 from common.engine import hardware, is_main, peak_memory, resolve_precision
 from common.errors import UserError
-from common.files import digest, file_digest, make_folder, read_json, write_json, write_npz, write_text
+from common.files import file_digest, make_folder, read_json, write_json, write_npz, write_text
+from common.keys import ROOT, code_hash, differences, stage_inputs, stage_keys
 from common.recipe import STAGES, Recipe, to_json
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "torch",
     "torchvision",
@@ -58,11 +57,13 @@ class Identity:
     arch: str = ""
     pretrain_seed: int | None = None
     limit: int = 0
+    val_share: float = 0.0  # above 0: this share of the training images was held out and scored; never ranked
 
     @property
     def path(self) -> Path:
         """DATA/TASK/MODEL/RECIPE/BACKBONE/seedK."""
         recipe = self.recipe + (f"+limit={self.limit}" if self.limit else "")
+        recipe += f"+val={self.val_share:g}" if self.val_share else ""
         return Path(self.data, self.task, self.model, recipe, self.backbone, f"seed{self.seed}")
 
 
@@ -182,6 +183,7 @@ def open_run(
     train_fingerprint: str,
     test_fingerprint: str,
     limit: int = 0,
+    val_share: float = 0.0,
     protocol: Mapping[str, int] | None = None,
     restart: bool = False,
     skip_bad: int = 0,
@@ -195,30 +197,22 @@ def open_run(
     folder = Path(out).expanduser()
     if identity is None:
         known = {k: getattr(backbone, k) for k in ("group", "method", "arch", "pretrain_seed")}
-        identity = Identity(data, task, model, recipe_label, backbone.name, seed, **known, limit=limit)
+        identity = Identity(
+            data, task, model, recipe_label, backbone.name, seed, **known, limit=limit, val_share=val_share
+        )
         folder = folder / identity.path
-    protocol = dict.fromkeys(STAGES, 1) | dict(protocol or {})
-    inputs = {
-        "train": {
-            "task": task,
-            "model": model,
-            "recipe": recipe.stage_fields("train"),
-            "data": train_fingerprint,
-            "backbone": backbone.fingerprint if backbone else None,
-            "seed": seed,
-            "limit": limit,
-            "protocol": protocol["train"],
-        },
-        "predict": {
-            "recipe": recipe.stage_fields("predict"),
-            "data": test_fingerprint,
-            "protocol": protocol["predict"],
-        },
-        "score": {"recipe": recipe.stage_fields("score"), "protocol": protocol["score"]},
-    }
-    keys, previous = {}, ""
-    for stage in STAGES:
-        keys[stage] = previous = digest(previous, inputs[stage])
+    inputs = stage_inputs(
+        task=task,
+        model=model,
+        fields={stage: recipe.stage_fields(stage) for stage in STAGES},
+        train_fingerprint=train_fingerprint,
+        test_fingerprint=test_fingerprint,
+        backbone=backbone.fingerprint if backbone else None,
+        seed=seed,
+        limit=limit,
+        protocol=protocol,
+    )
+    keys = stage_keys(inputs)
     lock = None
     if is_main():
         if record := os.environ.get("BACKBENCH_RECORD"):  # the grid asks where its cell is
@@ -253,21 +247,10 @@ def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> I
     old = read_json(folder / "recipe.json")
     if old["keys"]["train"] == key:
         return lock
-    changed = _differences(old["inputs"]["train"], inputs)
+    changed = differences(old["inputs"]["train"], inputs)
     raise UserError(
         f"{folder}: holds a run with {'; '.join(changed[:4])}; choose another --out, or --restart to replace it"
     )
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for name in sorted(old.keys() | new.keys()):
-        before, now = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            lines += _differences(before, now, f"{name}.")
-        elif before != now:
-            lines.append(f"{prefix}{name}={before} (now {now})")
-    return lines
 
 
 @functools.cache
@@ -298,29 +281,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
-
-
-@functools.cache
-def code_hash(task: str) -> str:
-    """A hash of the code a task's cells depend on, comments and docstrings left out: shown as drift, never in a key."""
-    room = {"classification": "pretrain"}.get(task, task)
-    shared = [
-        p
-        for p in sorted((ROOT / "common").rglob("*.py"))
-        if p.parts[len(ROOT.parts) + 1] not in ("board", "scenes")
-    ]
-    return digest(*(_code_without_prose(path) for path in [*shared, *sorted((ROOT / room).glob("*.py"))]))
-
-
-def _code_without_prose(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            del body[0]
-    return ast.dump(tree)

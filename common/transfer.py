@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.adoption import LARGEST, adoption_report
 from common.backbone import Backbone, load_backbone
 from common.cell import Run, open_run
+from common.data.types import ImageSet, hash_order
 from common.engine import is_main, pick_device
 from common.errors import UserError
 from common.files import write_json
@@ -42,6 +44,21 @@ def transfer_parser(doc: str, recipes: Mapping[str, Recipe], data_help: str) -> 
     reading_arguments(made)
     made.add_argument(
         "--name", help="the backbone's name in results (default: the file's method, or its name)"
+    )
+    made.add_argument(
+        "--group", help="its row on the board: backbones of one group are pretraining seeds of it"
+    )
+    made.add_argument(
+        "--val-share",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="hold this share of the training images out and score those, not the test images; never ranked",
+    )
+    made.add_argument(
+        "--swept",
+        metavar="FIELD=A,B,C",
+        help="say that this FIELD, given by --set, was chosen among these values on held-out training images",
     )
     made.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")
     help_text = f"{data_help}, or scenes, the embedded world (default)"
@@ -104,28 +121,71 @@ def open_transfer(
     """
     device = pick_device(args.device)
     train_set, test_set = reader(data_or_world(args), args.limit or None, args.skip_bad)
+    if args.val_share:
+        train_set, test_set = hold_out(train_set, args.val_share)
     backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed, **reading(args))
+    backbone.group = args.group or backbone.group
+    if args.swept:
+        settings = [s for s in settings if s.partition("=")[0] != args.swept.partition("=")[0]]
     run = open_run(
         args.out,
         task=task,
         data=test_set.name,
         model=model,
         recipe=recipe,
-        recipe_label=label(args.recipe, settings, recipe),
+        recipe_label=label(args.recipe, settings, recipe) + swept_label(args.swept),
         backbone=backbone,
         seed=args.seed,
         train_fingerprint=train_set.fingerprint,
         test_fingerprint=test_set.fingerprint,
         limit=args.limit,
+        val_share=args.val_share,
         restart=args.restart,
         skip_bad=len(train_set.skipped) + len(test_set.skipped),
     )
     run.note_data(train_set.report, test_set.report)
+    if args.swept:
+        field, _, values = args.swept.partition("=")
+        run.note(
+            f"{field} was chosen for each backbone among {values.replace(',', ', ')} on held-out training images: "
+            f"{len(values.split(','))} more trainings a backbone"
+        )
     if run.finished and is_main():
         print(f"finished already: {run.folder}")
     elif is_main() and not backbone.scratch:
         _check_adoption(run, backbone, train_set, device)
     return Transfer(run, backbone, train_set, test_set, device)
+
+
+def swept_label(swept: str | None) -> str:
+    """How a sweep is written in a recipe's label, the same for every backbone: `+lr=best_of_0.1_0.01`."""
+    if not swept:
+        return ""
+    field, _, values = swept.partition("=")
+    return f"+{field}=best_of_{values.replace(',', '_')}"
+
+
+def hold_out(images: Any, share: float) -> tuple[Any, Any]:
+    """Split `share` of the training images off, by hash of their ids: (trained on, scored).
+
+    Where images have boxes (localisation), the scored ones are a share of those with boxes. Raises UserError when
+    nothing is left on one side.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--val-share {share:g}: it is a share, above 0 and below 1")
+    order = hash_order(images.ids)
+    chosen = order
+    if isinstance(images, ImageSet):
+        boxed = np.array([len(boxes) > 0 for boxes in images.boxes or [()] * len(images)], bool)
+        chosen = order[boxed[order]]
+    chosen = chosen[: round(share * len(chosen))]
+    rest = np.setdiff1d(np.arange(len(images)), chosen)
+    if not len(chosen) or not len(rest):
+        what = "no training image has a box to score" if isinstance(images, ImageSet) else "too few images"
+        raise UserError(
+            f"{images.name}: --val-share {share:g} leaves none on one side of {len(images)} ({what})"
+        )
+    return images.take(rest), images.take(np.sort(chosen))
 
 
 def _check_adoption(run: Run, backbone: Backbone, train_set: Any, device: torch.device) -> None:

@@ -141,7 +141,7 @@ def test_identity_path_shows_the_limit():
 
 
 def test_code_hash_ignores_prose(tmp_path, monkeypatch):
-    from common import cell
+    from common import keys
 
     for name, text in {
         "one": '"""Doc."""\nx = 1  # why\n',
@@ -153,7 +153,7 @@ def test_code_hash_ignores_prose(tmp_path, monkeypatch):
         (tmp_path / name / "wsol" / "a.py").write_text(text)
     hashes = []
     for name in ("one", "two", "three"):
-        monkeypatch.setattr(cell, "ROOT", tmp_path / name)
+        monkeypatch.setattr(keys, "ROOT", tmp_path / name)
         code_hash.cache_clear()
         hashes.append(code_hash("wsol"))
     code_hash.cache_clear()

@@ -1,0 +1,98 @@
+"""What a cell's three stages are keyed by, and the hash of the code that computes them; imports nothing heavy."""
+
+import ast
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.files import digest
+from common.recipe import STAGES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def stage_inputs(
+    *,
+    task: str,
+    model: str,
+    fields: Mapping[str, Mapping[str, Any]],
+    train_fingerprint: str,
+    test_fingerprint: str,
+    backbone: str | None,
+    seed: int,
+    limit: int = 0,
+    protocol: Mapping[str, int] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What each stage depends on; `fields` are the recipe's fields by stage, `backbone` is a fingerprint."""
+    protocol = dict.fromkeys(STAGES, 1) | dict(protocol or {})
+    train = {
+        "task": task,
+        "model": model,
+        "recipe": fields["train"],
+        "data": train_fingerprint,
+        "backbone": backbone,
+        "seed": seed,
+        "limit": limit,
+    }
+    return {
+        "train": {**train, "protocol": protocol["train"]},
+        "predict": {
+            "recipe": fields["predict"],
+            "data": test_fingerprint,
+            "protocol": protocol["predict"],
+        },
+        "score": {"recipe": fields["score"], "protocol": protocol["score"]},
+    }
+
+
+def stage_keys(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The key of each stage: of its inputs and of the stage before it."""
+    keys, previous = {}, ""
+    for stage in STAGES:
+        keys[stage] = previous = digest(previous, inputs[stage])
+    return keys
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`name=old (now new)` for every value that differs, nested ones as `outer.name`."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            lines += differences(before, now, f"{name}.")
+        elif before != now:
+            lines.append(f"{prefix}{name}={before} (now {now})")
+    return lines
+
+
+def code_files(task: str) -> list[Path]:
+    """The files that a task's cells are computed by: its own folder's and the ground floor's."""
+    room = {"classification": "pretrain"}.get(task, task)
+    shared = [
+        p
+        for p in sorted((ROOT / "common").rglob("*.py"))
+        if p.parts[len(ROOT.parts) + 1] not in ("board", "scenes")
+    ]
+    return [*shared, *sorted((ROOT / room).glob("*.py"))]
+
+
+@functools.cache
+def code_hash(task: str) -> str:
+    """A hash of the code a task's cells depend on, comments and docstrings left out: shown as drift, never in a key."""
+    return digest(*(_code_without_prose(path) for path in code_files(task)))
+
+
+@functools.cache
+def _code_without_prose(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            del body[0]
+    return ast.dump(tree)
