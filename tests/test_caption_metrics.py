@@ -228,11 +228,12 @@ def test_paraphrase_pieces_cover_every_way_to_split():
     assert paraphrases.pieces(["A T-shirt's 3rd café"]) == {"a", "t", "shirt", "s", "3", "rd", "café"}
 
 
+# no synonyms of WordNet's, which METEOR would match before
 PAIRS = [
-    ("doctor", "physician"),
-    ("physician", "doctor"),
-    ("bike", "bicycle"),
-    ("red car", "scarlet automobile"),
+    ("doctor", "penguin"),
+    ("penguin", "doctor"),
+    ("bike", "teapot"),
+    ("red car", "wooden house"),
 ]
 
 
@@ -259,14 +260,14 @@ def test_paraphrases_of_references_then_of_captions(small_table, tmp_path):
     assert read_pairs(half) == PAIRS
     paraphrases.filter_table(small_table, half, references - {"bike"})
     assert read_pairs(half) == [PAIRS[0], PAIRS[1], PAIRS[3]]
-    paraphrases.filter_table(half, cut, references, {"a", "physician", "scarlet"})
-    assert read_pairs(cut) == PAIRS[:2]  # both directions; no caption says automobile
+    paraphrases.filter_table(half, cut, references, {"a", "penguin", "wooden"})
+    assert read_pairs(cut) == PAIRS[:2]  # both directions; no caption says house
 
 
 def test_two_processes_share_and_a_second_system_keeps_the_first(small_table, monkeypatch):
     references = [["the doctor bought a bike"], ["a red car"], ["two dogs run"]] * 5
-    first = ["the doctor has a bike", "a red automobile", "dogs"] * 5
-    second = ["a physician bought a bicycle", "a scarlet automobile", "dogs run home"] * 5
+    first = ["the doctor has a bike", "a red house", "dogs"] * 5
+    second = ["a penguin bought a teapot", "a wooden house", "dogs run home"] * 5
     alone = Meteor()
     expected = [alone(first, references), alone(second, references)]
     alone.close()
