@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from common.board.grid import READERS, TASKS, Job, Outcome, fingerprints, plan_tasks, run_jobs
+from common.board.grid import Job, Outcome, fingerprints, plan_tasks, run_jobs
+from common.board.tasks import READERS, TASKS
 
 METHODS = ("baseline", "mixup", "cutout", "cutmix")  # the paper's comparison
 
@@ -27,6 +28,6 @@ def plan_demo(out: Path, data: str, recipe: str, arch: str, seeds: list[int], ta
         command += ("--data", data, "--out", str(folder))
         jobs.append(Job(f"pretrain/{method}", command, "classification", data))
         writers[(folder / f"{method}.pt").absolute()] = jobs[-1].name
-    specs = dict.fromkeys((room for _, _, room in TASKS.values()), data)
+    specs = dict.fromkeys((task.room for task in TASKS.values()), data)
     backbones = [*map(str, writers), f"scratch:{arch}"]
     return jobs + plan_tasks(backbones, tasks, specs, seeds, recipe, out / "results", writers)

@@ -12,31 +12,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import common.data
 from common.board.display import Display, last_lines
+from common.board.tasks import READERS, TASKS
 from common.cell import ROOT, code_hash
-from common.data import open_captions, open_classification, open_detection, open_localisation
 from common.engine import REQUEUE
-from common.errors import UserError
 from common.files import digest, file_digest, make_folder, read_json, write_json
-
-# task name → (module, further arguments, the reader of its data)
-TASKS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "ssd300": ("detection.finetune", ("--detector", "ssd300"), "detection"),
-    "faster_rcnn": ("detection.finetune", ("--detector", "faster_rcnn"), "detection"),
-    "captioning": ("captioning.finetune", (), "captioning"),
-    "wsol": ("wsol.finetune", (), "wsol"),
-}
-ROOMS = {"detection": ("ssd300", "faster_rcnn"), "captioning": ("captioning",), "wsol": ("wsol",)}
-READERS: dict[str, Callable] = {
-    "classification": open_classification,
-    "detection": open_detection,
-    "captioning": open_captions,
-    "wsol": open_localisation,
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +46,7 @@ class Job:
 @functools.cache
 def fingerprints(room: str, data: str, limit: int) -> list[str]:
     """Of a room's training and test data, read and checked once a process."""
-    return [part.fingerprint for part in READERS[room](data, limit or None)]
+    return [part.fingerprint for part in getattr(common.data, READERS[room])(data, limit or None)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +78,7 @@ def plan_tasks(
             name, spec = split_backbone(text)
             file = Path(spec).expanduser().absolute() if is_file(spec) else None
             for task in tasks:
-                module, arguments, room = TASKS[task]
+                module, arguments, room = TASKS[task].module, TASKS[task].arguments, TASKS[task].room
                 command = (module, *arguments, "--backbone", str(file or spec), "--data", data[room])
                 command += ("--recipe", recipe, "--seed", str(seed), "--out", str(out))
                 command += ("--name", name) if name else ()
@@ -115,16 +99,6 @@ def split_backbone(text: str) -> tuple[str, str]:
 def is_file(spec: str) -> bool:
     """Whether a backbone spec names a file, not a library's model or random weights."""
     return spec.partition(":")[0] not in ("torchvision", "timm", "scratch")
-
-
-def expand_tasks(names: list[str]) -> list[str]:
-    """`all`, rooms (detection) and tasks (ssd300) → tasks, each once. Raises UserError for any other name."""
-    found: list[str] = []
-    for name in names:
-        if name != "all" and name not in ROOMS and name not in TASKS:
-            raise UserError(f"--tasks {name}: unknown; use all, {', '.join(ROOMS)} or {', '.join(TASKS)}")
-        found += TASKS if name == "all" else ROOMS.get(name, (name,))
-    return list(dict.fromkeys(found))
 
 
 def run_jobs(jobs: list[Job], records: Path, slots: int = 1) -> list[Outcome]:
