@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,20 @@ def test_paraphrases_of_references_then_of_captions(small_table, tmp_path):
     assert read_pairs(half) == [PAIRS[0], PAIRS[1], PAIRS[3]]
     paraphrases.filter_table(half, cut, references, {"a", "penguin", "wooden"})
     assert read_pairs(cut) == PAIRS[:2]  # both directions; no caption says house
+
+
+@pytest.mark.parametrize("block", [8, 10, 11, 13, 16, 29])
+def test_a_table_filtered_in_two_halves_is_the_whole_filtered(tmp_path, monkeypatch, block):
+    table, whole, halves = (tmp_path / f"{name}.gz" for name in ("table", "whole", "halves"))
+    pairs = [(f"w{i}", "dog" * (i % 3)) for i in range(17)]
+    with gzip.open(table, "wt") as file:
+        file.writelines(f"0.{i}\n{one}\n{other}\n" for i, (one, other) in enumerate(pairs))
+    words = {"w", *map(str, range(1, 9)), "dog"}
+    paraphrases.filter_table(table, whole, words)
+    monkeypatch.setattr(paraphrases, "BLOCK", block)
+    monkeypatch.setattr(paraphrases, "ProcessPoolExecutor", ThreadPoolExecutor)
+    paraphrases.filter_by_two(table, halves, words)
+    assert read_pairs(halves) == read_pairs(whole) and len(read_pairs(whole)) > 8
 
 
 def test_two_processes_share_and_a_second_system_keeps_the_first(small_table, monkeypatch):
