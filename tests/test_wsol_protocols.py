@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from test_wsol import arguments, folder_of, write_boxes, write_cub
 
+from common.backbone import save_backbone
 from common.data import open_localisation
 from common.errors import UserError
 from common.metrics import rescore
 from common.metrics.localisation import iou, pack_right, shuffled_chance, threshold_curve
 from common.recipe import override
+from common.trunk import Classifier, Trunk
 from wsol import cam, choe2020, evaluate, finetune, pictures, predict
 from wsol.model import load_predictor
 from wsol.recipes import RECIPES
@@ -358,3 +360,28 @@ def test_statistics_stay_small():
     grey = np.arange(255)
     packed = pack_right((grey >= edges[..., :1]) & (grey < edges[..., 1:]))
     assert packed.nbytes == 5000 * 128  # 640 kB before compression
+
+
+def test_own_method_is_the_backbones(cub, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = Classifier(Trunk("resnet18_half"), 3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.num_batches_tracked += 1
+    facts = {"arch": "resnet18_half", "num_classes": 3, "method": "cutmix", "seed": 0}
+    save_backbone(tmp_path / "one.pt", model, **facts)
+    seen = {}
+
+    def spy(*_, recipe, settings, **__):
+        seen.update(recipe=recipe, settings=settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(finetune, "open_transfer", spy)
+    for backbone, method in ((str(tmp_path / "one.pt"), "cutmix"), ("scratch:resnet18_half", "baseline")):
+        command = ["--backbone", backbone, "--data", f"cub:{cub}", "--recipe", "smoke", "--method", "own"]
+        with pytest.raises(UserError, match="enough"):
+            finetune.main(command)
+        assert seen["recipe"].method == method and seen["settings"] == [
+            "method=own"
+        ]  # one label for all backbones

@@ -16,13 +16,14 @@ import common  # noqa: F401  first, before torch
 
 # isort: split
 
+import argparse
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from common.backbone import Backbone
+from common.backbone import Backbone, load_backbone
 from common.cell import Run
 from common.classify import make_step
 from common.crops import SQUARES, TrainImages
@@ -36,7 +37,7 @@ from common.metrics.classification import true_rank
 from common.mixing import MIXING, canonical_method
 from common.progress import progress
 from common.recipe import engine_options, override
-from common.transfer import open_transfer, transfer_parser
+from common.transfer import open_transfer, reading, transfer_parser
 from common.trunk import Classifier, normalise
 from wsol.boxes import crop_window
 from wsol.cam import ScoreMaps, compact, join, load_maps, predict
@@ -45,13 +46,15 @@ from wsol.recipes import RECIPES, WSOLRecipe
 from wsol.report import choose, finish
 
 TASK, MODEL = "wsol", "cam"
+OWN = "own"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Arguments → recipe → data → backbone → training → score maps → boxes, scores, cell."""
     args = arguments().parse_args(argv)
     settings = [*args.set, f"method={args.method}"] if args.method else args.set
-    recipe = override(RECIPES[args.recipe], settings)
+    own = [f"method={own_method(args)}"] if args.method == OWN else []
+    recipe = override(RECIPES[args.recipe], [*args.set, *own] if own else settings)
 
     def reader(*spec):
         sets = open_localisation(*spec)
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def arguments():
+def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
     data_help = (
         "cub:DIR, ilsvrc:DIR, tiny_imagenet:DIR, folder:DIR,boxes=FILE (rows path,x0,y0,x1,y1 in shares)"
@@ -99,11 +102,26 @@ def arguments():
     made = transfer_parser(__doc__, RECIPES, data_help)
     made.add_argument(
         "--method",
-        type=canonical_method,
+        type=lambda text: text if text == OWN else canonical_method(text),
         metavar="METHOD",
-        help=f"how batches are mixed in this training: a sum of {', '.join(MIXING)} (default: the recipe's, baseline)",
+        help=f"how batches are mixed in this training: a sum of {', '.join(MIXING)}; or own: as the backbone was "
+        "pretrained, what the paper did (default: the recipe's, baseline)",
     )
     return made
+
+
+def own_method(args: argparse.Namespace) -> str:
+    """The method that the backbone was pretrained with; baseline for random weights."""
+    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed, **reading(args))
+    if backbone.scratch:
+        return "baseline"
+    try:
+        return canonical_method(backbone.method)
+    except UserError:
+        raise UserError(
+            f"--method own: {args.backbone} does not say what it was pretrained with (found '{backbone.method}'); "
+            f"give one of {', '.join(MIXING)}"
+        ) from None
 
 
 def hold_out(train_set: ImageSet, recipe: WSOLRecipe) -> tuple[ImageSet, ImageSet | None]:

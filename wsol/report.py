@@ -68,56 +68,23 @@ def finish(
 ) -> None:
     """The score stage: boxes from the maps by both protocols, pictures, then the finished cell."""
     recipe: WSOLRecipe = run.recipe
-    frame, side = (recipe.resize, recipe.size), recipe.size
-    truths = [to_crop(boxes, *frame) for boxes in test_set.boxes]
+    truths = [to_crop(boxes, recipe.resize, recipe.size) for boxes in test_set.boxes]
     outside = sum(len(truth) == 0 for truth in truths)
     if outside:
         run.note(f"data: {outside} test images have no box inside the crop: counted as not localised")
-    images, boxes = statistics(*tested, truths, threshold["value"], side)
-    known = [boxes for boxes in train_set.boxes or [] if len(boxes)]
-    chosen_on = [to_crop(boxes, *frame) for boxes in known] or truths
-    centred = best_centred_box(chosen_on, side)
-    images["iou_centred"] = best_iou(np.repeat(centred[None], len(truths), 0), truths)
-    images["num_classes"] = np.array(len(test_set.classes))
-    sweeps = sweep_maps(tested[0].maps[:, 0])
-    images["right_by_grey"] = box_statistics(sweeps, [pixel_truths(truth, side) for truth in truths])
-    metrics = {name: float(values[0]) for name, values in rescore("wsol", images).items()}
-    predicted = tested[0].classes[:, 1:6]
-    chance = shuffled_chance(
-        *(test_set.labels, truths, predicted, boxes["top1"], boxes["gt"], stream(SPLIT, 0)),
-        num_classes=len(test_set.classes),
-    )
-    chance |= shuffled_box_accuracies(sweeps, truths, side, stream(SPLIT, 1))
-    baseline = centred_scores(images, metrics, chosen_on, truths, side)
-    run.facts["baselines"] = {"best centred box": baseline}
-    images |= {
-        "label": test_set.labels.astype(np.int32),
-        "predicted": predicted[:, 0],
-        "box_top1": from_crop(boxes["top1"], *frame).astype(np.float32),
-        "box_gt": from_crop(boxes["gt"], *frame).astype(np.float32),
-    }
+    known = [to_crop(boxes, recipe.resize, recipe.size) for boxes in train_set.boxes or [] if len(boxes)]
+    images, report = measure(tested, test_set, truths, known or truths, threshold["value"], recipe)
     chosen = f"{len(known)} training images" if known else "the scored images themselves"
-    report = {
-        "metrics": metrics,
-        "chance": chance,
-        "centred box": {"box": centred.tolist(), "chosen on": chosen, **baseline},
-        "threshold": threshold,
-        "choe2020": curves(images["right_by_grey"]),
-        "IoU histogram": histogram(images["iou_gt"]),
-        "best and worst": extremes(images, test_set, max(LISTED, recipe.pictures)),
+    report["centred box"] = {"chosen on": chosen, **report["centred box"]}
+    report["threshold"] = threshold
+    metrics, centred = report["metrics"], report["centred box"]
+    run.facts["baselines"] = {
+        "best centred box": {name: centred[name] for name in metrics if name in centred}
     }
-    pictures = {
-        f"{which}.jpg": report["best and worst"][which][: recipe.pictures] for which in ("best", "worst")
-    }
-    pictures = {name: entries for name, entries in pictures.items() if entries}
-    with run.stage("score", files=["threshold_curve.svg", *pictures]):
-        write_text(run.folder / "threshold_curve.svg", curve_picture(report, run))
-        for name, entries in pictures.items():
-            draw_extremes(run.folder / name, entries, images, tested[0].maps, tested[1]["window"], test_set)
-    report["pictures"] = ["threshold_curve.svg", *pictures]
+    report["pictures"] = draw(run, report, images, tested, test_set)
     run.finish(
         metrics=metrics,
-        chance=chance,
+        chance=report["chance"],
         primary="Top-1 Loc",
         images=images,
         report=report,
@@ -126,10 +93,72 @@ def finish(
         cost=cost,
     )
     print(
-        f"Top-1 Loc {100 * metrics['Top-1 Loc']:.1f} % (chance {100 * chance['Top-1 Loc']:.1f}, centred box "
-        f"{100 * baseline['Top-1 Loc']:.1f}), MaxBoxAccV2 {100 * metrics['MaxBoxAccV2']:.1f} % (centred box "
-        f"{100 * baseline['MaxBoxAccV2']:.1f}) → {run.folder}"
+        f"Top-1 Loc {100 * metrics['Top-1 Loc']:.1f} % (chance {100 * report['chance']['Top-1 Loc']:.1f}, centred box "
+        f"{100 * centred['Top-1 Loc']:.1f}), MaxBoxAccV2 {100 * metrics['MaxBoxAccV2']:.1f} % (centred box "
+        f"{100 * centred['MaxBoxAccV2']:.1f}) → {run.folder}"
     )
+
+
+def measure(
+    tested: Maps,
+    test_set: ImageSet,
+    truths: Sequence[np.ndarray],
+    chosen_on: Sequence[np.ndarray],
+    threshold: float,
+    recipe: WSOLRecipe,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Per-image statistics (images.npz), and the report of both protocols.
+
+    `truths` and `chosen_on` are boxes n × (k, 4) in pixels of the crop: those scored, and those on which the best
+    centred box is chosen.
+    """
+    maps, side, classes = tested[0], recipe.size, len(test_set.classes)
+    images, boxes = statistics(*tested, truths, threshold, side)
+    centred = best_centred_box(chosen_on, side)
+    images["iou_centred"] = best_iou(np.repeat(centred[None], len(truths), 0), truths)
+    images["num_classes"] = np.array(classes)
+    sweeps = sweep_maps(maps.maps[:, 0])
+    images["right_by_grey"] = box_statistics(sweeps, [pixel_truths(truth, side) for truth in truths])
+    metrics = {name: float(values[0]) for name, values in rescore("wsol", images).items()}
+    rng, predicted = stream(SPLIT, 0), maps.classes[:, 1:6]
+    chance = shuffled_chance(
+        test_set.labels, truths, predicted, boxes["top1"], boxes["gt"], rng, num_classes=classes
+    )
+    chance |= shuffled_box_accuracies(sweeps, truths, side, stream(SPLIT, 1))
+    images |= {
+        "label": test_set.labels.astype(np.int32),
+        "predicted": predicted[:, 0],
+        "box_top1": from_crop(boxes["top1"], recipe.resize, side).astype(np.float32),
+        "box_gt": from_crop(boxes["gt"], recipe.resize, side).astype(np.float32),
+    }
+    return images, {
+        "metrics": metrics,
+        "chance": chance,
+        "centred box": {
+            "box": centred.tolist(),
+            **centred_scores(images, metrics, chosen_on, truths, side),
+        },
+        "choe2020": curves(images["right_by_grey"]),
+        "IoU histogram": histogram(images["iou_gt"]),
+        "best and worst": extremes(images, test_set, max(LISTED, recipe.pictures)),
+    }
+
+
+def draw(
+    run: Run, report: dict[str, Any], images: dict[str, np.ndarray], tested: Maps, test_set: ImageSet
+) -> list[str]:
+    """Write threshold_curve.svg, best.jpg and worst.jpg into the run folder; the names of those written."""
+    sheets = {
+        f"{which}.jpg": entries[: run.recipe.pictures]
+        for which, entries in report["best and worst"].items()
+        if entries[: run.recipe.pictures]
+    }
+    names = ["threshold_curve.svg", *sheets]
+    with run.stage("score", files=names):
+        write_text(run.folder / names[0], curve_picture(report, run))
+        for name, entries in sheets.items():
+            draw_extremes(run.folder / name, entries, images, tested[0].maps, tested[1]["window"], test_set)
+    return names
 
 
 def statistics(
