@@ -9,9 +9,9 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -215,11 +215,9 @@ def open_run(
     keys = stage_keys(inputs)
     lock = None
     if is_main():
-        if record := os.environ.get("BACKBENCH_RECORD"):  # the grid asks where its cell is
-            write_json(record, {"folder": str(folder.absolute())})
         lock = _prepare(folder, keys["train"], inputs["train"], restart)
         write_json(folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs})
-        write_json(folder / "provenance.json", provenance(task))
+        write_json(folder / "provenance.json", {**provenance(task), **_command()})
     facts: dict[str, Any] = {"inputs": inputs, "skipped_images": skip_bad, "code": code_hash(task)}
     if backbone:
         facts["backbone"] = {
@@ -264,6 +262,14 @@ def provenance(task: str) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "code": code_hash(task),
     }
+
+
+def _command() -> dict[str, Any]:
+    """The task's command line and where it was given; nothing when a run was opened from other code."""
+    script = Path(sys.argv[0]).resolve()
+    if script.suffix != ".py" or script.parent.parent != ROOT:
+        return {}
+    return {"command": [f"{script.parent.name}.{script.stem}", *sys.argv[1:]], "folder": str(Path.cwd())}
 
 
 def _git(*args: str) -> str:

@@ -92,7 +92,7 @@ class Cell:
 
 
 def load_cells(folder: Path | str) -> list[Cell]:
-    """All cells below a folder, ordered by path.
+    """All cells below a folder, ordered by path; those scored on held-out training images (a sweep's) left out.
 
     Raises UserError, in one line that names up to three files, when a cell.json is damaged or of an unknown schema.
     """
@@ -102,7 +102,9 @@ def load_cells(folder: Path | str) -> list[Cell]:
     cells, problems = [], []
     for path in sorted(folder.rglob("cell.json")):
         try:
-            cells.append(read_cell(path))
+            cell = read_cell(path)
+            if not cell.identity.val_share:
+                cells.append(cell)
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -1,91 +1,292 @@
 """The subcommands of the grid: run, status, rerun."""
 
 import argparse
+import os
+import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from common.board.facts import Facts
+from common.board.plan import (
+    Backbone,
+    Grid,
+    Job,
+    grid_of,
+    jobs_to_json,
+    name_group,
+    only,
+    plan_file,
+    plan_pretrainings,
+    plan_tasks,
+    read_grid,
+)
+from common.board.status import STATES, Status, look_at, read_jobs, status_lines, summary_line
+from common.board.sweep import plan_chosen, plan_sweep
+from common.board.tasks import TASKS, expand_tasks
 from common.errors import UserError
 from common.files import make_folder, write_json
 
+FILES_HELP = """
+The folder can be copied into another one's: cells that both have are the same cells. In pandas:
+    pandas.json_normalize([json.loads(p.read_text()) for p in Path("results").rglob("cell.json")])
+"""
+
 
 def run_arguments(run: argparse.ArgumentParser) -> None:
-    from common.board.tasks import TASKS
-
+    """The arguments of `backbench run`; the same names are the keys of a TOML file."""
+    run.epilog = FILES_HELP
+    run.add_argument("grid", nargs="?", type=Path, help="a TOML file with the options below as keys")
     run.add_argument(
         "--backbones",
         nargs="+",
-        required=True,
-        metavar="[NAME=]SPEC",
-        help="files, torchvision:NAME, scratch:ARCH",
+        metavar="[GROUP=]SPEC[,SPEC]",
+        help="files, torchvision:NAME, scratch:ARCH; several files of a group are its pretraining seeds; the group is "
+        "the file's method, where none is given",
     )
     run.add_argument(
-        "--tasks", nargs="+", default=["all"], help=f"all, or some of {', '.join(TASKS)} (default: all)"
+        "--pretrain", nargs="+", metavar="METHOD[:seeds=N]", help="pretrain these too, then transfer them"
     )
+    run.add_argument("--pretrain-recipe", help="recipe of the pretrainings (default: as --recipe)")
+    run.add_argument(
+        "--pretrain-arch", help="their network (default: resnet50; tiny and smoke: resnet18_half)"
+    )
+    run.add_argument("--tasks", nargs="+", help=f"all, or some of {', '.join(TASKS)} (default: all)")
     run.add_argument(
         "--data",
         nargs="*",
-        default=[],
         metavar="ROOM=SPEC",
-        help="detection=voc:DIR captioning=… wsol=… (default: scenes)",
+        help="detection=voc:DIR captioning=… wsol=… classification=… (default: scenes, the embedded world)",
+    )
+    run.add_argument("--recipe", help="recipe name: smoke, tiny, mini or paper (default: tiny)")
+    run.add_argument("--seeds", type=int, help="fine-tuning seeds 0 … N−1 (default: 1)")
+    run.add_argument(
+        "--limit", type=int, help="only N images of each split; part of the keys, shown on the board"
     )
     run.add_argument(
-        "--recipe", default="tiny", help="recipe name: smoke, tiny, mini or paper (default: tiny)"
+        "--sweep",
+        metavar="FIELD=A,B,C",
+        help="choose this recipe field for each backbone and task on held-out training images",
     )
-    run.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds 0 … N−1 (default: 1)")
-    run.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")
+    run.add_argument("--val-share", type=float, help="the share a sweep holds out (default: 0.2)")
+    run.add_argument("--out", type=Path, help="results folder (default: results)")
     run.add_argument(
-        "--slots", type=int, default=1, help="cells at a time, the cores shared out (default: 1)"
+        "--executor",
+        choices=("local", "slurm", "print"),
+        help="processes here, SLURM job arrays, or one command a line (default: local)",
+    )
+    run.add_argument("--slots", type=int, help="cells at a time, a GPU or sharing the cores (default: 1)")
+    run.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="partition=, account=, timeout_min=, cpus_per_task=, gpus_per_node=, mem_gb=, array_parallelism= …",
+    )
+    run.add_argument(
+        "--only", metavar="PATTERN", help="cells whose name holds it, e.g. 'ssd300/cutmix' or 'wsol/*/seed0'"
+    )
+    run.add_argument(
+        "--strict-code", action="store_true", help="compute cells again that other code computed"
+    )
+    run.add_argument(
+        "--replace-stale", action="store_true", help="train cells again whose training had other inputs"
+    )
+    run.add_argument(
+        "--no-calibrate", action="store_true", help="do not time a few iterations where nothing is known"
     )
     run.add_argument("--dry-run", action="store_true", help="print the commands, one a line, and run nothing")
 
 
 def status_arguments(status: argparse.ArgumentParser) -> None:
-    status.add_argument("folder", type=Path)
+    """The arguments of `backbench status`."""
+    status.add_argument(
+        "grid", type=Path, metavar="FOLDER|GRID.toml", help="a results folder, or a grid's TOML file"
+    )
+    status.add_argument("--all", action="store_true", help="a line for every cell")
 
 
 def rerun_arguments(rerun: argparse.ArgumentParser) -> None:
-    rerun.add_argument("cell")
+    """The arguments of `backbench rerun`."""
+    rerun.add_argument("cell", help="its folder, or its name: detection/ssd300/cutmix/seed3")
+    rerun.add_argument(
+        "--results", type=Path, default=Path("results"), help="where to look for a name (default: results)"
+    )
+    rerun.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the new run there")
 
 
 def run(args: argparse.Namespace) -> int:
-    from common.board.grid import plan_tasks, run_jobs
-    from common.board.tasks import expand_tasks
-
-    data = dict.fromkeys(
-        ("detection", "captioning", "wsol"), "scenes:size=smoke" if args.recipe == "smoke" else "scenes"
-    )
-    for text in args.data:
-        room, equals, spec = text.partition("=")
-        if not equals or room not in data:
-            raise UserError(f"--data {text}: write it as ROOM=SPEC, ROOM one of {', '.join(data)}")
-        data[room] = spec
-    out, tasks = args.out.absolute(), expand_tasks(args.tasks)
-    jobs = plan_tasks(args.backbones, tasks, data, list(range(args.seeds)), args.recipe, out)
-    if args.dry_run:
-        for job in jobs:
-            print("python -m", *job.command)
-        return 0
-    for job in jobs:
-        if job.backbone and not job.backbone.exists():
-            raise UserError(f"{job.backbone}: no such backbone file")
-    for room in {job.room for job in jobs}:
-        next(
-            job for job in jobs if job.room == room
-        ).stamp()  # data and file are there and readable, before the first hour
-    make_folder(out)
+    """`backbench run`."""
+    grid = grid_of_arguments(args)
+    facts, records = Facts(), grid.out.absolute() / "grid"
     start = time.monotonic()
-    return summary(run_jobs(jobs, out / "grid", args.slots), out, time.monotonic() - start)
+    pretrainings, backbones, tasks = plan_backbones(grid, facts)
+    if args.dry_run or grid.executor == "print":
+        print_commands(plan_all(grid, pretrainings, backbones, tasks, facts), args.only)
+        return 0
+    outcomes = []
+    if grid.sweep:
+        trials = [*pretrainings, *plan_sweep(grid, backbones, tasks, facts)]
+        outcomes += execute(trials, grid, facts, args)
+        pretrainings = []
+    jobs = plan_all(grid, pretrainings, backbones, tasks, facts)
+    make_folder(records)
+    write_json(plan_file(grid.out.absolute()), {"folder": str(Path.cwd()), "jobs": jobs_to_json(jobs)})
+    outcomes += execute(only(jobs, args.only) if args.only else jobs, grid, facts, args)
+    return summary(outcomes, grid.out.absolute(), time.monotonic() - start)
+
+
+def plan_backbones(grid: Grid, facts: Facts) -> tuple[list[Job], list[Backbone], list[str]]:
+    """Pretrainings, backbones (theirs, then those given) and tasks of a grid."""
+    pretrainings, backbones = plan_pretrainings(grid, facts)
+    backbones += [b for group, specs in grid.backbones for b in name_group(group, specs, facts)]
+    return pretrainings, backbones, expand_tasks(list(grid.tasks))
+
+
+def plan_all(
+    grid: Grid, pretrainings: list[Job], backbones: list[Backbone], tasks: list[str], facts: Facts
+) -> list[Job]:
+    """Every job; of a sweep the trials before it has ended, the chosen cells afterwards."""
+    if not grid.sweep:
+        return pretrainings + plan_tasks(grid, backbones, tasks, facts)
+    return pretrainings + (
+        plan_chosen(grid, backbones, tasks, facts) or plan_sweep(grid, backbones, tasks, facts)
+    )
+
+
+def execute(jobs: list[Job], grid: Grid, facts: Facts, args: argparse.Namespace) -> list:
+    """Check, estimate and run jobs with the grid's executor."""
+    from common.board.grid import places, run_jobs
+    from common.board.preflight import calibrate, check, estimates, time_line, worth_calibrating
+
+    out = grid.out.absolute()
+    records = make_folder(out / "grid")
+    found = look_at(jobs, records, facts)
+    jobs = to_run(found, strict=args.strict_code, replace_stale=args.replace_stale)
+    done = {s.job.name for s in found if s.state == "done" and not (args.strict_code and s.drifted)}
+    todo = [job for job in jobs if job.name not in done]
+    print(summary_line(found))
+    if todo:
+        for line in check(todo, facts, out):
+            print(line)
+        slots = grid.slots if grid.executor == "slurm" else len(places(grid.slots))
+        known = estimates(todo, found)
+        timed = {} if args.no_calibrate or not worth_calibrating(grid) else calibrate(todo, known, facts)
+        print(time_line(todo, known | timed, timed, slots), flush=True)
+
+    def is_done(job: Job) -> bool:
+        return job.name in done or look_at([job], records, Facts())[0].state == "done"
+
+    if grid.executor == "slurm":
+        from common.board.slurm import run_slurm
+
+        return run_slurm(jobs, records, grid.slurm, is_done)
+    return run_jobs(jobs, records, slots=grid.slots, is_done=is_done)
+
+
+def to_run(found: list[Status], *, strict: bool, replace_stale: bool) -> list[Job]:
+    """The jobs, those to be trained anew marked so. Raises UserError for a stale training that may not be replaced."""
+    stale = [status for status in found if status.state == "stale" and status.stage == "train"]
+    if stale and not replace_stale:
+        first = stale[0]
+        raise UserError(
+            f"{len(stale)} cells were trained with other inputs, e.g. {first.job.name}: {first.why[0]}; "
+            "--replace-stale trains them again, another --out keeps them"
+        )
+    anew = {status.job.name for status in stale}
+    anew |= {status.job.name for status in found if strict and status.state == "done" and status.drifted}
+    return [replace(status.job, restart=status.job.name in anew) for status in found]
+
+
+def print_commands(jobs: list[Job], pattern: str | None) -> None:
+    """One command a line, in an order that works."""
+    for job in only(jobs, pattern) if pattern else jobs:
+        print("python -m", shlex.join(job.command))
+
+
+def grid_of_arguments(args: argparse.Namespace) -> Grid:
+    """The grid of the command line: of its TOML file, the options given beside it in place of the file's."""
+    content = {}
+    if args.grid:
+        file = args.grid.absolute()
+        if not file.is_file():
+            raise UserError(f"{args.grid}: no such file; a grid is a TOML file, or give --backbones")
+        grid = read_grid(file)
+        os.chdir(file.parent)  # paths in the file count from its folder
+        content = {name: getattr(grid, name) for name in Grid.__dataclass_fields__}
+    keys = (
+        "pretrain_recipe",
+        "pretrain_arch",
+        "recipe",
+        "seeds",
+        "limit",
+        "sweep",
+        "val_share",
+        "out",
+        "executor",
+    )
+    given = {key: getattr(args, key) for key in (*keys, "slots", "backbones", "pretrain", "tasks")}
+    given |= {"data": pairs("--data", args.data), "slurm": pairs("--slurm", args.slurm)}
+    made = {key: value for key, value in given.items() if value is not None}
+    if not args.grid:
+        return grid_of(made)
+    return replace(grid, **{key: getattr(grid_of(content_of(content, made)), key) for key in made})
+
+
+def content_of(content: dict, made: dict) -> dict:
+    """A file's values under the command line's, as `grid_of` reads them."""
+    plain = dict(content)
+    plain["backbones"] = dict(content["backbones"])
+    plain["pretrain"] = {p.method: p.seeds for p in content["pretrain"]}
+    return {**plain, **made}
+
+
+def pairs(option: str, texts: list[str] | None) -> dict | None:
+    """`KEY=VALUE` texts as a dict, whole numbers as numbers where the option takes them."""
+    if texts is None:
+        return None
+    made = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{option} {text}: write it as NAME=VALUE")
+        made[key] = int(value) if option == "--slurm" and value.isdigit() else value
+    return made
 
 
 def status(args: argparse.Namespace) -> int:
-    raise UserError("status: being written")
+    """`backbench status`: 1 when a cell failed, else 0."""
+    facts = Facts()
+    if args.grid.is_dir():
+        folder = args.grid.absolute()
+        jobs, content = read_jobs(plan_file(folder))
+        if Path(content["folder"]).is_dir():
+            os.chdir(content["folder"])
+    elif args.grid.is_file():
+        folder = args.grid.absolute().parent
+        grid = read_grid(args.grid)
+        os.chdir(folder)
+        pretrainings, backbones, tasks = plan_backbones(grid, facts)
+        jobs, folder = plan_all(grid, pretrainings, backbones, tasks, facts), grid.out.absolute()
+    else:
+        raise UserError(f"{args.grid}: neither a results folder nor a grid's TOML file")
+    found = look_at(jobs, folder / "grid", facts)
+    print("\n".join(status_lines(found, args.all)))
+    return 1 if any(status.state == "failed" for status in found) else 0
 
 
 def rerun(args: argparse.Namespace) -> int:
-    raise UserError("rerun: being written")
+    """`backbench rerun`: 0 when the numbers are the same."""
+    from common.board.rerun import find_cell, rerun_cell
+
+    folder = find_cell(args.cell, args.results)
+    print(f"again: {folder}", flush=True)
+    lines, equal = rerun_cell(folder, args.keep)
+    print("\n".join(lines))
+    return 0 if equal else 1
 
 
 def summary(outcomes: list, out: Path, seconds: float) -> int:
+    """The board of what is there, then how the cells ended."""
     from common.board.cells import load_cells
     from common.board.report import write_report
     from common.board.table import board_json, board_text, make_board
@@ -105,5 +306,8 @@ def summary(outcomes: list, out: Path, seconds: float) -> int:
     )
     for outcome in outcomes:
         if outcome.state == "failed":
-            print(f"failed: {outcome.job.name}; try: python -m {' '.join(outcome.job.command)}")
+            print(f"failed: {outcome.job.name}; try: python -m {shlex.join(outcome.job.command)}")
     return 1 if count["failed"] else 0
+
+
+__all__ = ["STATES", "rerun", "run", "status", "summary"]

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
-from common.board.grid import Job, Outcome, fingerprints, plan_tasks, run_jobs
-from common.board.tasks import READERS, TASKS
+from common.board.facts import Facts
+from common.board.grid import Outcome, run_jobs
+from common.board.plan import Backbone, Grid, Job, jobs_to_json, plan_file, plan_tasks, pretrain_job
+from common.board.status import look_at
+from common.board.tasks import READERS
+from common.files import make_folder, write_json
 
 METHODS = ("baseline", "mixup", "cutout", "cutmix")  # the paper's comparison
 
@@ -12,22 +16,30 @@ def run_demo(
     out: Path, *, recipe: str, arch: str, seeds: list[int], tasks: list[str], slots: int
 ) -> list[Outcome]:
     """Pretrain four backbones, transfer each and random weights to every task: 4 + 5 × 4 cells a seed."""
-    data = "scenes:size=smoke" if recipe == "smoke" else "scenes"
+    facts = Facts()
     for room in READERS:  # draws the world and checks it, before the first cell
-        fingerprints(room, data, 0)
-    return run_jobs(plan_demo(out, data, recipe, arch, seeds, tasks), out / "grid", slots)
+        facts.data(room, Grid(recipe=recipe).data_of(room))
+    jobs = plan_demo(out, recipe, arch, len(seeds), tasks, facts)
+    records = make_folder(out / "grid")
+    write_json(plan_file(out), {"folder": str(Path.cwd()), "jobs": jobs_to_json(jobs)})
+
+    def is_done(job: Job) -> bool:
+        return look_at([job], records, facts)[0].state == "done"
+
+    return run_jobs(jobs, records, slots=slots, is_done=is_done)
 
 
-def plan_demo(out: Path, data: str, recipe: str, arch: str, seeds: list[int], tasks: list[str]) -> list[Job]:
+def plan_demo(out: Path, recipe: str, arch: str, seeds: int, tasks: list[str], facts: Facts) -> list[Job]:
     """The demo's jobs in order."""
-    jobs: list[Job] = []
-    writers: dict[Path, str] = {}
-    for method in METHODS:
-        folder = out / "pretrain" / method
-        command = ("pretrain.run", "--method", method, "--recipe", recipe, "--arch", arch)
-        command += ("--data", data, "--out", str(folder))
-        jobs.append(Job(f"pretrain/{method}", command, "classification", data))
-        writers[(folder / f"{method}.pt").absolute()] = jobs[-1].name
-    specs = dict.fromkeys((task.room for task in TASKS.values()), data)
-    backbones = [*map(str, writers), f"scratch:{arch}"]
-    return jobs + plan_tasks(backbones, tasks, specs, seeds, recipe, out / "results", writers)
+    grid = Grid(recipe=recipe, out=out / "results", seeds=seeds)
+    pretrainings = [
+        pretrain_job(m, out / "pretrain" / m, recipe=recipe, arch=arch, data=grid.data_of("classification"))
+        for m in METHODS
+    ]
+    backbones = [
+        Backbone(str(job.writes.absolute()), writer=job.name, label=method)
+        for job, method in zip(pretrainings, METHODS)
+    ]
+    random = Backbone(f"scratch:{arch}", label="scratch")
+    transfers = plan_tasks(grid, [*backbones, random], tasks, facts)
+    return pretrainings + transfers

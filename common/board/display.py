@@ -63,9 +63,7 @@ def _seconds_left(outcomes: list, jobs: list, slots: int) -> float:
     total = 0.0
     for job in jobs:
         if job.name not in ended:
-            like = [o.seconds for o in ran if o.job.name.split("/")[0] == job.name.split("/")[0]] or [
-                o.seconds for o in ran
-            ]
+            like = [o.seconds for o in ran if o.job.kind == job.kind] or [o.seconds for o in ran]
             total += sum(like) / len(like)
     return total / slots
 

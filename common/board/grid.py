@@ -1,10 +1,9 @@
-"""The grid: cells as command lines, a few at a time; a finished one is recognised without starting it.
+"""The local executor: cells as processes, a few at a time; one that fails or dies takes nothing with it.
 
-`common` never imports a task: a cell is `python -m detection.finetune …` in a process of its own, so that one that
-fails or dies takes nothing with it. Each job leaves a stamp of all it depends on (command, code, data, backbone
-file); a job whose stamp is unchanged and whose cell is there is done.
+`common` never imports a task: a cell is `python -m detection.finetune …` in a process of its own.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -12,41 +11,23 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import common.data
 from common.board.display import Display, last_lines
-from common.board.tasks import READERS, TASKS
-from common.cell import ROOT, code_hash
-from common.engine import REQUEUE
-from common.files import digest, file_digest, make_folder, read_json, write_json
-
-
-@dataclass(frozen=True)
-class Job:
-    """One cell to compute: its name, command, room, data and the backbone file it needs (None: none)."""
-
-    name: str
-    command: tuple[str, ...]
-    room: str
-    data: str
-    backbone: Path | None = None
-    needs: str = ""  # the name of the job that writes `backbone`
-    limit: int = 0
-
-    def stamp(self) -> str:
-        """A digest of everything the job depends on. Raises UserError when its data or backbone is not there."""
-        weights = file_digest(self.backbone) if self.backbone else None
-        return digest(
-            self.command, code_hash(self.room), fingerprints(self.room, self.data, self.limit), weights
-        )
-
-
-@functools.cache
-def fingerprints(room: str, data: str, limit: int) -> list[str]:
-    """Of a room's training and test data, read and checked once a process."""
-    return [part.fingerprint for part in getattr(common.data, READERS[room])(data, limit or None)]
+from common.board.facts import child_env
+from common.board.plan import Job
+from common.board.records import (
+    REQUEUE,
+    describe_exit,
+    may_retry,
+    record_file,
+    threads_of,
+    write_record,
+)
+from common.files import make_folder
 
 
 @dataclass(frozen=True)
@@ -58,148 +39,176 @@ class Outcome:
     seconds: float
 
 
-def plan_tasks(
-    backbones: list[str],
-    tasks: list[str],
-    data: dict[str, str],
-    seeds: list[int],
-    recipe: str,
-    out: Path,
-    writers: dict[Path, str] | None = None,
-) -> list[Job]:
-    """One job a backbone, task and seed, all of the first backbone first.
-
-    `backbones` are `[name=]SPEC`; `data` maps rooms to data specs, `writers` backbone files that do not exist yet to
-    the names of the jobs that write them.
-    """
-    jobs = []
-    for seed in seeds:
-        for text in backbones:
-            name, spec = split_backbone(text)
-            file = Path(spec).expanduser().absolute() if is_file(spec) else None
-            for task in tasks:
-                module, arguments, room = TASKS[task].module, TASKS[task].arguments, TASKS[task].room
-                command = (module, *arguments, "--backbone", str(file or spec), "--data", data[room])
-                command += ("--recipe", recipe, "--seed", str(seed), "--out", str(out))
-                command += ("--name", name) if name else ()
-                label = name or (
-                    file.stem if file else spec.partition(":")[0 if spec.startswith("scratch") else 2]
-                )
-                needs = (writers or {}).get(file, "")
-                jobs.append(Job(f"{task}/{label}/seed{seed}", command, room, data[room], file, needs))
-    return jobs
-
-
-def split_backbone(text: str) -> tuple[str, str]:
-    """`name=SPEC` or SPEC → (name or "", SPEC)."""
-    name, equals, spec = text.partition("=")
-    return (name, spec) if equals else ("", text)
-
-
-def is_file(spec: str) -> bool:
-    """Whether a backbone spec names a file, not a library's model or random weights."""
-    return spec.partition(":")[0] not in ("torchvision", "timm", "scratch")
-
-
-def run_jobs(jobs: list[Job], records: Path, slots: int = 1) -> list[Outcome]:
-    """Run the jobs that are not done, `slots` at a time, the cores shared out; a failing one never stops the others.
-
-    `records` is the folder of the stamps and logs. A job waits for the job that writes its backbone file, and fails
-    with it. Stopped by Ctrl-C or SIGTERM, the cells save their state and the same call goes on.
-    """
-    make_folder(records)
-    threads = max(1, (os.cpu_count() or 1) // slots)
-    outcomes: list[Outcome] = []
-    waiting, running = list(enumerate(jobs, 1)), []
-    with Display(len(jobs), slots) as display:
-        try:
-            while waiting or running:
-                for cell in [cell for cell in running if cell.process.poll() is not None]:
-                    running.remove(cell)
-                    outcomes.append(_finish(cell, display))
-                    if cell.process.returncode == REQUEUE:
-                        raise KeyboardInterrupt  # a scheduler stopped the cell: stop here, to be continued
-                busy = {cell.job.name for cell in running} | {job.name for _, job in waiting}
-                for number, job in list(waiting):
-                    if job.needs in busy or len(running) == slots:
-                        continue
-                    waiting.remove((number, job))
-                    record = records / (job.name.replace("/", "~") + ".json")
-                    missing = job.backbone is not None and not job.backbone.exists()
-                    stamp = "" if missing else job.stamp()
-                    if missing or is_done(record, stamp):
-                        outcomes.append(Outcome(job, "failed" if missing else "done before", 0.0))
-                        display.line(
-                            f"{job.name}: its backbone {job.backbone} is not there"
-                        ) if missing else None
-                        break  # what waited for this one may go now
-                    display.line(f"cell {number} of {len(jobs)}: {job.name}")
-                    running.append(start(job, record, stamp, threads))
-                display.show(outcomes, [(cell.job.name, cell.log) for cell in running], jobs)
-                time.sleep(0.05)
-        except BaseException:
-            for cell in running:
-                cell.process.send_signal(signal.SIGTERM)
-            for cell in running:
-                cell.process.wait()
-            raise
-    order = {job.name: number for number, job in enumerate(jobs)}
-    return sorted(outcomes, key=lambda outcome: order[outcome.job.name])
-
-
 @dataclass(frozen=True)
 class Running:
     """A cell at work."""
 
     job: Job
     process: subprocess.Popen
-    record: Path
-    stamp: str
     log: Path
     began: float
+    place: dict[str, str]
 
 
-def start(job: Job, record: Path, stamp: str, threads: int) -> Running:
-    """Start `python -m` with the job's command; it dies with this process and writes its folder into `record`."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "BACKBENCH_RECORD": str(record)}
-    env |= {"OMP_NUM_THREADS": str(threads), "BACKBENCH_BAR_SECONDS": "1"}
-    record.unlink(missing_ok=True)
-    log = record.with_suffix(".log")
+def run_jobs(
+    jobs: list[Job], records: Path, *, slots: int = 1, is_done: Callable[[Job], bool] | None = None
+) -> list[Outcome]:
+    """Run the jobs that are not done, `slots` at a time (on each GPU, where there are some).
+
+    A failing cell never stops the others; one that was killed or stopped is tried once more, behind all others, and
+    resumes. A job waits for the job that writes its backbone file, and fails with it. Stopped by Ctrl-C, SIGTERM or
+    SIGUSR1, the cells save their state, and the same call goes on.
+    """
+    make_folder(records)
+    is_done = is_done or has_cell
+    free = places(slots)
+    waiting, running, outcomes, tries = list(jobs), [], [], dict.fromkeys((job.name for job in jobs), 0)
+    with Display(len(jobs), len(free)) as display, _stopped_by_signals():
+        try:
+            while waiting or running:
+                for cell in [cell for cell in running if cell.process.poll() is not None]:
+                    running.remove(cell)
+                    free.append(cell.place)
+                    if _tried_again(cell, tries, display):
+                        waiting.append(replace(cell.job, restart=False))
+                    else:
+                        outcomes.append(_ended(cell, records, tries[cell.job.name], display))
+                for job in _startable(waiting, running):
+                    if not free:
+                        break
+                    waiting.remove(job)
+                    outcome = _ended_before(job, records, tries, is_done, display)
+                    if outcome:
+                        outcomes.append(outcome)
+                        break  # what waited for this one may go now
+                    tries[job.name] += 1
+                    number = len(jobs) - len(waiting)
+                    display.line(f"cell {number} of {len(jobs)}: {job.name}")
+                    running.append(start(job, records, free.pop(0)))
+                display.show(outcomes, [(cell.job.name, cell.log) for cell in running], jobs)
+                time.sleep(0.05)
+        except BaseException:
+            _stop(running)
+            raise
+    order = {job.name: number for number, job in enumerate(jobs)}
+    return sorted(outcomes, key=lambda outcome: order[outcome.job.name])
+
+
+def has_cell(job: Job) -> bool:
+    """Whether a job's cell, and the backbone file it writes, are there."""
+    return (job.folder / "cell.json").exists() and (job.writes is None or job.writes.exists())
+
+
+def places(slots: int) -> list[dict[str, str]]:
+    """What distinguishes the cells that run together: `slots` a GPU, or `slots` that share the cores."""
+    gpus = visible_gpus()
+    every = [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(slots) for gpu in gpus] or [
+        {} for _ in range(slots)
+    ]
+    return [{**place, "OMP_NUM_THREADS": str(threads_of(len(every)))} for place in every]
+
+
+@functools.cache
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs cells may use: of $CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(gpu for gpu in chosen.split(",") if gpu.strip() not in ("", "-1"))
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(str(n) for n, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU "))
+
+
+def start(job: Job, records: Path, place: dict[str, str], **facts: Any) -> Running:
+    """Start `python -m` with the job's command; it dies with this process."""
+    log = record_file(records, job).with_suffix(".log")
+    command = [sys.executable, "-u", "-m", *job.command, *(["--restart"] if job.restart else [])]
     with log.open("wb") as out:
-        command = [sys.executable, "-u", "-m", *job.command]
         process = subprocess.Popen(
             command,
-            env=env,
+            env=child_env(BACKBENCH_BAR_SECONDS="1", **place),
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the grid alone, which asks its cells to save
             preexec_fn=_die_with_parent,
         )
-    return Running(job, process, record, stamp, log, time.monotonic())
+    write_record(records, job, "running", pid=process.pid, **facts)
+    return Running(job, process, log, time.monotonic(), place)
 
 
-def _finish(cell: Running, display: Display) -> Outcome:
-    """Complete the record that the cell's process wrote with its folder, and say how it ended."""
-    seconds, code = time.monotonic() - cell.began, cell.process.returncode
-    if code == 0 and cell.record.exists():
-        entry = read_json(cell.record)
-        if (Path(entry["folder"]) / "cell.json").exists():
-            write_json(cell.record, {**entry, "stamp": cell.stamp})
-            display.line(f"{cell.job.name}: {last_lines(cell.log, 1)} ({seconds:.0f} s)")
-            return Outcome(cell.job, "done", seconds)
-    display.line(
-        f"{cell.job.name}: failed with exit code {code}: {last_lines(cell.log, 1)} (log: {cell.log})"
-    )
-    return Outcome(cell.job, "failed", seconds)
+def _startable(waiting: list[Job], running: list[Running]) -> list[Job]:
+    busy = {cell.job.name for cell in running} | {job.name for job in waiting}
+    return [job for job in waiting if job.needs not in busy]
 
 
-def is_done(record: Path, stamp: str) -> bool:
-    """Whether a job's record holds this stamp and its cell is still there."""
-    if not record.exists():
+def _ended_before(
+    job: Job, records: Path, tries: dict[str, int], is_done: Callable[[Job], bool], display: Display
+) -> Outcome | None:
+    """The outcome of a job that need not, or cannot, be started."""
+    if not job.ready():
+        write_record(records, job, "failed", why=f"its backbone {job.backbone} is not there")
+        display.line(f"{job.name}: its backbone {job.backbone} is not there")
+        return Outcome(job, "failed", 0.0)
+    if not job.restart and not tries[job.name] and is_done(job):
+        return Outcome(job, "done before", 0.0)
+    return None
+
+
+def _tried_again(cell: Running, tries: dict[str, int], display: Display) -> bool:
+    code = cell.process.returncode
+    if not may_retry(code) or tries[cell.job.name] > 1:
         return False
-    entry = read_json(record)
-    return entry.get("stamp") == stamp and (Path(entry["folder"]) / "cell.json").exists()
+    what = "stopped, its state saved" if code == REQUEUE else describe_exit(code)
+    display.line(f"{cell.job.name}: {what}; it goes on behind the others")
+    return True
+
+
+def _ended(cell: Running, records: Path, tries: int, display: Display) -> Outcome:
+    """Record and say how a cell ended."""
+    job, seconds, code = cell.job, time.monotonic() - cell.began, cell.process.returncode
+    if code == 0 and has_cell(job):
+        write_record(records, job, "done", seconds=round(seconds, 2), tries=tries)
+        display.line(f"{job.name}: {last_lines(cell.log, 1)} ({seconds:.0f} s)")
+        return Outcome(job, "done", seconds)
+    why = describe_exit(code) if code else f"it ended well, but left no cell in {job.folder}"
+    write_record(records, job, "failed", why=why, code=code, seconds=round(seconds, 2), tries=tries)
+    display.line(f"{job.name}: failed: {why}: {last_lines(cell.log, 1)} (log: {cell.log})")
+    return Outcome(job, "failed", seconds)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the grid as they end a cell: saved, exit code 75, to be continued."""
+
+    def stop(number: int, frame: Any) -> None:
+        print("stopped by a signal: the cells save; run the same command again to continue", file=sys.stderr)
+        raise SystemExit(REQUEUE)
+
+    try:
+        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    except ValueError:  # not in the main thread
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(running: list[Running], patience: float = 120.0) -> None:
+    """Ask cells to save their state and end; kill what does not."""
+    for cell in running:
+        cell.process.send_signal(signal.SIGTERM)
+    until = time.monotonic() + patience
+    for cell in running:
+        try:
+            cell.process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            cell.process.kill()
+            cell.process.wait()
 
 
 def _die_with_parent() -> None:

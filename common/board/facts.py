@@ -1,0 +1,219 @@
+"""What a plan needs to know of data, weights, recipes and code, remembered as long as their files stay as they are.
+
+So `backbench status` reads no data set, loads no weights and imports no torch unless something changed. A data set's
+state is its files' names, with size and time of those that are not images; what is inside an image counts nowhere.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.board.tasks import READERS
+from common.data.cache import cache_folder
+from common.data.spec import parse_data
+from common.errors import UserError
+from common.files import digest, read_json, write_json
+from common.keys import ROOT, code_files, code_hash
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+LIBRARIES = ("torchvision", "timm", "scratch")
+
+READ_RECIPES = """
+import importlib, json, sys
+import common
+from common.errors import run_main
+from common.recipe import STAGES, label, override
+from common.errors import UserError
+
+def main():
+    found = []
+    for room, model, name, settings, fixed in json.load(sys.stdin):
+        recipes = importlib.import_module(f"{room}.recipes").RECIPES
+        recipes = recipes.get(model, recipes)
+        if name not in recipes:
+            raise UserError(f"--recipe {name}: {room} has {', '.join(recipes)}")
+        recipe = override(recipes[name], [*settings, *fixed])
+        found.append({
+            "fields": {stage: recipe.stage_fields(stage) for stage in STAGES},
+            "label": label(name, settings, recipe),
+        })
+    print(json.dumps(found))
+
+run_main(main)
+"""
+
+
+class Facts:
+    """A memory of facts on disk, each under a digest of the state it was computed from; `check` recomputes all."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file or cache_folder("grid") / "facts.json"
+        self.known: dict[str, Any] = {}
+        with contextlib.suppress(UserError):  # a damaged memory is no memory
+            self.known = read_json(self.file)
+        self.now: dict[str, Any] = {}  # of this process
+
+    def get(self, *state: Any, compute: Callable[[], Any]) -> Any:
+        """The fact of this state, computed when it is new, remembered at once."""
+        key = digest(*state)
+        if key not in self.now:
+            if key not in self.known:
+                self.known[key] = compute()
+                with contextlib.suppress(
+                    OSError, UserError
+                ):  # a cache that cannot be written costs time alone
+                    write_json(self.file, self.known)
+            self.now[key] = self.known[key]
+        return self.now[key]
+
+    @functools.cached_property
+    def reading(self) -> str:
+        """The state of the code that reads data and draws the embedded world."""
+        return _state(p for part in ("data", "scenes") for p in sorted((ROOT / "common" / part).glob("*.py")))
+
+    @functools.cached_property
+    def loading(self) -> str:
+        """The state of the code that reads checkpoints."""
+        return _state(ROOT / "common" / f"{name}.py" for name in ("backbone", "checkpoint", "trunk"))
+
+    def data(self, room: str, spec: str, limit: int = 0, val_share: float = 0.0) -> dict[str, Any]:
+        """name, and fingerprint and number of images of the training and the test part, read and checked.
+
+        Raises UserError as the room's reader does.
+        """
+        state = self._data_state(spec)
+
+        def read() -> dict[str, Any]:
+            import common.data
+
+            train, test = getattr(common.data, READERS[room])(spec, limit or None)
+            name = test.name
+            if val_share:
+                from common.transfer import hold_out
+
+                train, test = hold_out(train, val_share)
+            parts = {"train": train.fingerprint, "test": test.fingerprint}
+            return {"name": name, **parts, "train_images": len(train), "test_images": len(test)}
+
+        return self.get("data", room, spec, limit, val_share, state, self.reading, compute=read)
+
+    @functools.cache  # noqa: B019 - as long as the process
+    def _data_state(self, spec: str) -> str:
+        parsed = parse_data(spec)
+        if parsed.kind == "scenes":
+            return os.environ.get("BACKBENCH_CACHE", "")
+        values = [v for v in (parsed.path, *parsed.options.values()) if v]
+        bases = [Path(), Path(parsed.path)] if parsed.path else [Path()]
+        found = [base / v for v in values for base in bases]
+        return digest(*(_tree(path) for path in dict.fromkeys(found) if path.exists()))
+
+    def backbone(self, spec: str) -> dict[str, Any]:
+        """label, group, method, arch, seed of pretraining, fingerprint and megabytes of a backbone, loaded and checked.
+
+        Raises UserError as `load_backbone` does.
+        """
+
+        def load() -> dict[str, Any]:
+            from common.backbone import load_backbone
+
+            made = load_backbone(spec)
+            return {
+                "label": made.name,
+                "group": made.group,
+                "method": made.method,
+                "arch": made.arch,
+                "pretrain_seed": made.pretrain_seed,
+                "fingerprint": made.fingerprint,
+                "scratch": made.scratch,
+                "megabytes": sum(t.nbytes for t in made.trunk.state_dict().values()) / 2**20,
+            }
+
+        file = backbone_file(spec)
+        if file is not None and not file.exists():
+            raise UserError(f"{file}: no such backbone file")
+        state = _state([file]) if file else ""
+        return self.get("backbone", spec, state, self.loading, compute=load)
+
+    def recipes(self, asked: Sequence[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]]) -> list[dict]:
+        """Of (room, model, recipe, settings, fixed settings): its fields by stage, and its label without the fixed.
+
+        One process imports the rooms' recipes for all that are not remembered. Raises UserError for an unknown recipe
+        or setting.
+        """
+        keys = [("recipe", *map(str, one), _state(recipe_files(one[0]))) for one in asked]
+        missing = [one for one, key in zip(asked, keys) if digest(*key) not in self.known]
+        if missing:
+            found = iter(_read_recipes(list(dict.fromkeys(missing))))
+            answers = {one: next(found) for one in dict.fromkeys(missing)}
+            for one, key in zip(asked, keys):
+                if one in answers:
+                    self.get(*key, compute=functools.partial(answers.get, one))
+        return [self.get(*key, compute=dict) for key in keys]
+
+    def code(self, room: str) -> str:
+        """The hash of the code that computes a room's cells."""
+        return self.get("code", room, _state(code_files(room)), compute=lambda: code_hash(room))
+
+
+def backbone_file(spec: str) -> Path | None:
+    """The file a backbone spec names, or None: a library's model, random weights."""
+    return None if spec.partition(":")[0] in LIBRARIES else Path(spec).expanduser()
+
+
+def recipe_files(room: str) -> list[Path]:
+    """The code that a room's recipes are made of."""
+    shared = ("recipe", "classify", "crops", "mixing", "feature_mixing")
+    return [*(ROOT / "common" / f"{name}.py" for name in shared), ROOT / room / "recipes.py"]
+
+
+def child_env(**more: str) -> dict[str, str]:
+    """The environment in which a cell's process finds this project."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def _read_recipes(asked: list) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-c", READ_RECIPES],
+        input=json.dumps(asked),
+        env=child_env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(
+            (done.stderr.strip().splitlines() or ["the recipes cannot be read"])[-1].removeprefix("error: ")
+        )
+    return json.loads(done.stdout)
+
+
+def _state(paths: Iterable[Path]) -> str:
+    """Names, sizes and times of files."""
+    stats = [(str(path), path.stat()) for path in paths]
+    return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+
+
+def _tree(path: Path) -> str:
+    """The state of a file, or of all below a folder: every name, and size and time of those that are not images."""
+    if path.is_file():
+        return _state([path.absolute()])
+    lines, folders = [], [str(path.absolute())]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir():
+                    folders.append(entry.path)
+                elif entry.name.lower().endswith(IMAGES):
+                    lines.append(entry.path)
+                else:
+                    stat = entry.stat()
+                    lines.append(f"{entry.path} {stat.st_size} {stat.st_mtime_ns}")
+    return digest("\n".join(lines))

@@ -1,0 +1,381 @@
+"""The plan of a grid: what is asked for, on the command line or in a TOML file, and the jobs it comes to."""
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from common.board.facts import Facts, backbone_file
+from common.board.tasks import TASKS
+from common.errors import UserError
+from common.keys import stage_inputs
+
+ROOMS = ("detection", "captioning", "wsol", "classification")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One backbone of a grid. `writer` names the job that writes its file, "" where it is there already."""
+
+    spec: str
+    name: str = ""  # "": as the weights say
+    group: str = ""
+    writer: str = ""
+    label: str = ""  # what it will be called in results, where no file says it yet
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell to compute: a command, where its cell will be, and what its keys are made of."""
+
+    name: str
+    command: tuple[str, ...]
+    room: str  # the folder of its code, "classification" for pretraining
+    folder: Path
+    model: str = ""
+    data: str = ""
+    recipe: tuple[Any, ...] = ()  # what `Facts.recipes` takes
+    backbone: str = ""  # a spec, "" for pretraining
+    writes: Path | None = None  # the backbone file it leaves
+    seed: int = 0
+    limit: int = 0
+    val_share: float = 0.0
+    needs: str = ""  # the job that writes its backbone file
+    restart: bool = False  # replace what its folder holds
+
+    @property
+    def kind(self) -> str:
+        """What takes about the same time: its name without backbone and seed."""
+        return (
+            self.name.split("/")[0] if self.room == "classification" else "/".join(self.name.split("/")[:2])
+        )
+
+    def ready(self) -> bool:
+        """Whether its backbone file, if it has one, is there."""
+        file = backbone_file(self.backbone) if self.backbone else None
+        return file is None or file.exists()
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """`--pretrain METHOD:seeds=N`."""
+
+    method: str
+    seeds: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is asked for. `backbones` are (group or "", specs); `data` maps rooms to specs."""
+
+    backbones: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    pretrain: tuple[Pretraining, ...] = ()
+    pretrain_recipe: str = ""
+    pretrain_arch: str = ""
+    tasks: tuple[str, ...] = ("all",)
+    data: dict[str, str] = field(default_factory=dict)
+    seeds: int = 1
+    recipe: str = "tiny"
+    out: Path = Path("results")
+    limit: int = 0
+    sweep: str = ""
+    val_share: float = 0.2
+    executor: str = "local"
+    slots: int = 1
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+    def data_of(self, room: str) -> str:
+        """The data spec of a room: as given, else the embedded world."""
+        recipe = (self.pretrain_recipe or self.recipe) if room == "classification" else self.recipe
+        return self.data.get(room) or ("scenes:size=smoke" if recipe == "smoke" else "scenes")
+
+
+def read_grid(file: Path) -> Grid:
+    """A grid from TOML: the options of `backbench run` as keys, tables [backbones], [data], [pretrain], [slurm].
+
+    Raises UserError naming the file and the key for anything unknown or misshapen.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid TOML ({error})") from None
+    try:
+        return grid_of({key.replace("-", "_"): value for key, value in content.items()})
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def grid_of(content: dict[str, Any]) -> Grid:
+    """A grid of plain values. Raises UserError naming the key."""
+    known = {f.name: f for f in dataclasses.fields(Grid)}
+    made: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in known:
+            raise UserError(f"{key}: unknown; the keys are {', '.join(known)}")
+        wanted = type(getattr(Grid(), key))
+        if wanted is Path and isinstance(value, str):
+            value = Path(value)
+        elif wanted is float and isinstance(value, int):
+            value = float(value)
+        elif key == "tasks" and isinstance(value, str):
+            value = [value]
+        if wanted is tuple:
+            value = _tuples(key, value)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise UserError(f"{key} = {value!r}: a {wanted.__name__} is expected")
+        made[key] = value
+    grid = Grid(**made)
+    for room in grid.data:
+        if room not in ROOMS:
+            raise UserError(f"data {room}: unknown; it is one of {', '.join(ROOMS)}")
+    for key, least in (("seeds", 1), ("limit", 0), ("slots", 1)):
+        if getattr(grid, key) < least:
+            raise UserError(f"{key} = {getattr(grid, key)}: at least {least} is needed")
+    if grid.executor not in ("local", "slurm", "print"):
+        raise UserError(f"executor {grid.executor}: unknown; it is local, slurm or print")
+    if not grid.backbones and not grid.pretrain:
+        raise UserError("no backbones: give --backbones, --pretrain or both")
+    return grid
+
+
+def _tuples(key: str, value: Any) -> tuple:
+    if key == "backbones" and isinstance(value, dict):
+        return tuple((k, (v,) if isinstance(v, str) else tuple(v)) for k, v in value.items())
+    if key == "backbones" and isinstance(value, list):
+        return tuple(parse_backbone(str(text)) for text in value)
+    if key == "pretrain" and isinstance(value, dict):
+        return tuple(_pretraining(k, v if isinstance(v, dict) else {"seeds": v}) for k, v in value.items())
+    if key == "pretrain" and isinstance(value, list):
+        return tuple(parse_pretrain(str(text)) for text in value)
+    if key == "tasks" and isinstance(value, list | tuple):
+        return tuple(map(str, value))
+    raise UserError(f"{key} = {value!r}: a table or a list is expected")
+
+
+def parse_backbone(text: str) -> tuple[str, tuple[str, ...]]:
+    """`[GROUP=]SPEC[,SPEC …]` → (group or "", specs)."""
+    group, equals, specs = text.partition("=")
+    group, specs = (group, specs) if equals else ("", text)
+    found = tuple(spec for spec in specs.split(",") if spec)
+    if not found:
+        raise UserError(f"--backbones {text}: no file in it; write [GROUP=]FILE[,FILE …]")
+    return group, found
+
+
+def parse_pretrain(text: str) -> Pretraining:
+    """`METHOD` or `METHOD:seeds=N`."""
+    method, _, rest = text.partition(":")
+    options = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    return _pretraining(method, options)
+
+
+def _pretraining(method: str, options: dict[str, Any]) -> Pretraining:
+    seeds = str(options.get("seeds", 1))
+    if set(options) - {"seeds"} or not seeds.isdigit() or int(seeds) < 1:
+        raise UserError(f"pretrain {method}: write METHOD:seeds=N, N at least 1")
+    return Pretraining(method, int(seeds))
+
+
+def plan_pretrainings(grid: Grid, facts: Facts) -> tuple[list[Job], list[Backbone]]:
+    """A job a method and pretraining seed, and the backbones they will leave."""
+    recipe = grid.pretrain_recipe or grid.recipe
+    arch = grid.pretrain_arch or ("resnet18_half" if recipe in ("smoke", "tiny") else "resnet50")
+    jobs, backbones = [], []
+    for pretraining in grid.pretrain:
+        for seed in range(pretraining.seeds):
+            label = f"{pretraining.method}-p{seed}" if seed else pretraining.method
+            jobs.append(
+                pretrain_job(
+                    pretraining.method,
+                    grid.out.absolute() / "pretrain" / label,
+                    recipe=recipe,
+                    arch=arch,
+                    data=grid.data_of("classification"),
+                    seed=seed,
+                    limit=grid.limit,
+                )
+            )
+            file = str(jobs[-1].writes)
+            backbones.append(Backbone(file, group=pretraining.method, writer=jobs[-1].name, label=label))
+    return jobs, backbones
+
+
+def pretrain_job(
+    method: str, folder: Path, *, recipe: str, arch: str, data: str, seed: int = 0, limit: int = 0
+) -> Job:
+    """A pretraining into `folder`, whose backbone file is METHOD.pt."""
+    command = ("pretrain.run", "--method", method, "--recipe", recipe, "--arch", arch)
+    command += ("--data", data, "--out", str(folder))
+    command += ("--seed", str(seed)) if seed else ()
+    command += ("--limit", str(limit)) if limit else ()
+    return Job(
+        f"pretrain/{folder.name}",
+        command,
+        "classification",
+        folder,
+        model=arch,
+        data=data,
+        recipe=("pretrain", arch, recipe, (), (f"method={method}",)),
+        writes=folder / f"{method}.pt",
+        seed=seed,
+        limit=limit,
+    )
+
+
+def name_group(group: str, specs: Sequence[str], facts: Facts) -> list[Backbone]:
+    """The backbones of one group: without a name as their files say, else GROUP or GROUP-p0, GROUP-p1 …
+
+    Several files are pretraining seeds: told apart by the seeds they state, else by their order. Raises UserError
+    when two of them are the same weights or state the same seed.
+    """
+    specs = [str(file.absolute()) if (file := backbone_file(spec)) else spec for spec in specs]
+    found = [facts.backbone(spec) for spec in specs]
+    seen: dict[Any, str] = {}
+    for spec, fact in zip(specs, found) if len(specs) > 1 else ():
+        marks = [fact["fingerprint"]] + (
+            [f"seed {fact['pretrain_seed']}"] if fact["pretrain_seed"] is not None else []
+        )
+        for mark in marks:
+            if mark in seen:
+                raise UserError(
+                    f"{group or fact['group']}: {seen[mark]} and {spec} are the same pretraining ({mark}); "
+                    "a group's files are different seeds of one method"
+                )
+            seen[mark] = spec
+    if not group:
+        return [Backbone(spec, label=fact["label"]) for spec, fact in zip(specs, found)]
+    if len(specs) == 1:
+        return [Backbone(specs[0], group, group, label=group)]
+    seeds = [fact["pretrain_seed"] for fact in found]
+    numbers = range(len(specs)) if None in seeds else seeds
+    names = [f"{group}-p{number}" for number in numbers]
+    return [Backbone(spec, name, group, label=name) for spec, name in zip(specs, names)]
+
+
+def plan_tasks(
+    grid: Grid,
+    backbones: Iterable[Backbone],
+    tasks: list[str],
+    facts: Facts,
+    settings: tuple[str, ...] = (),
+    *,
+    swept: str = "",
+    val_share: float = 0.0,
+) -> list[Job]:
+    """One job a seed, backbone and task. `settings` are `field=value` for every cell.
+
+    With `swept` (FIELD=A,B,C) cells say that FIELD was chosen so; with `val_share` they are measured on held-out
+    training images.
+    """
+    out, backbones = grid.out.absolute(), list(backbones)
+    recipes = {task: (TASKS[task].room, TASKS[task].model, grid.recipe, settings, ()) for task in tasks}
+    labels = dict(zip(tasks, (found["label"] for found in facts.recipes(list(recipes.values())))))
+    jobs: dict[str, Job] = {}
+    for seed in range(grid.seeds):
+        for backbone in backbones:
+            for name in tasks:
+                task, data = TASKS[name], grid.data_of(TASKS[name].room)
+                command = (task.module, *task.arguments, "--backbone", backbone.spec, "--data", data)
+                command += ("--recipe", grid.recipe, "--seed", str(seed), "--out", str(out))
+                for option, value in (
+                    ("--name", backbone.name),
+                    ("--group", backbone.group if backbone.name else ""),
+                    ("--limit", grid.limit),
+                    ("--val-share", val_share),
+                    ("--swept", swept),
+                ):
+                    command += (option, str(value)) if value else ()
+                command += tuple(part for setting in settings for part in ("--set", setting))
+                label = _cell_label(grid.recipe, labels[name], settings, swept, grid.limit, val_share)
+                place = facts.data(task.room, data, grid.limit)["name"]
+                path = Path(place, task.room, task.model, label, backbone.label, f"seed{seed}")
+                shown = f"{task.room}/{task.model}/{backbone.label}/seed{seed}"
+                if shown in jobs:
+                    raise UserError(
+                        f"two backbones are called {backbone.label} ({jobs[shown].backbone}, {backbone.spec}); "
+                        "name them: --backbones NAME=FILE OTHER=FILE"
+                    )
+                jobs[shown] = Job(
+                    shown,
+                    command,
+                    task.room,
+                    out / path,
+                    model=task.model,
+                    data=data,
+                    recipe=recipes[name],
+                    backbone=backbone.spec,
+                    seed=seed,
+                    limit=grid.limit,
+                    val_share=val_share,
+                    needs=backbone.writer,
+                )
+    return list(jobs.values())
+
+
+def _cell_label(
+    recipe: str, label: str, settings: Sequence[str], swept: str, limit: int, val_share: float
+) -> str:
+    """The recipe's part of a cell's path, as `common.transfer` and `Identity.path` write it."""
+    if swept:
+        field_name, _, values = swept.partition("=")
+        others = [s for s in label.split("+")[1:] if not s.startswith(f"{field_name}=")]
+        label = "+".join([recipe, *others]) + f"+{field_name}=best_of_{values.replace(',', '_')}"
+    label += f"+limit={limit}" if limit else ""
+    return label + (f"+val={val_share:g}" if val_share else "")
+
+
+def expected_inputs(job: Job, facts: Facts) -> dict[str, Any]:
+    """What the job's keys must be made of today; see `common.keys`. Its backbone file must be there."""
+    data = facts.data(job.room, job.data, job.limit, job.val_share)
+    return stage_inputs(
+        task=job.room,
+        model=job.model,
+        fields=facts.recipes([job.recipe])[0]["fields"],
+        train_fingerprint=data["train"],
+        test_fingerprint=data["test"],
+        backbone=facts.backbone(job.backbone)["fingerprint"] if job.backbone else None,
+        seed=job.seed,
+        limit=job.limit,
+    )
+
+
+def only(jobs: list[Job], pattern: str) -> list[Job]:
+    """The jobs whose name matches, and those they need. Raises UserError when none does."""
+    chosen = [job for job in jobs if fnmatch(job.name, pattern) or fnmatch(job.name, f"*{pattern}*")]
+    if not chosen:
+        raise UserError(f"--only {pattern}: matches none of {len(jobs)} cells, e.g. {jobs[0].name}")
+    names = {job.name for job in chosen} | {job.needs for job in chosen}
+    return [job for job in jobs if job.name in names]
+
+
+def plan_file(out: Path) -> Path:
+    """Where a results folder keeps the plan of its grid."""
+    return out / "grid" / "plan.json"
+
+
+def jobs_to_json(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Plain values of jobs."""
+    return [
+        {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(job).items()} for job in jobs
+    ]
+
+
+def jobs_of_json(content: list[dict[str, Any]]) -> list[Job]:
+    """The jobs of `jobs_to_json`."""
+    made = []
+    for entry in content:
+        room, model, name, settings, fixed = entry["recipe"] or ("", "", "", (), ())
+        entry = {
+            **entry,
+            "command": tuple(entry["command"]),
+            "folder": Path(entry["folder"]),
+            "recipe": (room, model, name, tuple(settings), tuple(fixed)) if room else (),
+            "writes": Path(entry["writes"]) if entry["writes"] else None,
+        }
+        made.append(Job(**entry))
+    return made
