@@ -163,7 +163,7 @@ def _field(item: Any, key: str, kind: type, where: str) -> Any:
 
 
 def _read_karpathy(spec: DataSpec, root: Path | None) -> list[CaptionSet]:
-    """The two sets of a Karpathy split file (Karpathy & Fei-Fei, CVPR 2015): dataset_coco.json, dataset_flickr8k.json …"""
+    """The two sets of a Karpathy split file (Karpathy & Fei-Fei, CVPR 2015), as dataset_coco.json."""
     file = Path(spec.options["karpathy"])
     file = root / file if root and not file.exists() else file
     for key in ("train", "val", "year"):
