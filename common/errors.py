@@ -14,7 +14,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        sys.exit(_say(" ".join(str(error).split())))
+        # a loader process hands its traceback on inside the message
+        line = str(error).rsplit(f"{UserError.__module__}.UserError: ", 1)[-1]
+        sys.exit(_say(" ".join(line.split())))
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(130)

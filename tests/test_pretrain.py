@@ -16,7 +16,8 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 from common.backbone import IMAGENET_MEAN, IMAGENET_STD, load_backbone, load_classifier
 from common.crops import random_resized_crop
-from common.errors import UserError
+from common.data.types import ImageSet
+from common.errors import UserError, run_main
 from common.mixing import ALL_METHODS
 from pretrain import evaluate, report
 from pretrain.run import main
@@ -90,6 +91,21 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2 and done.stdout == "", done
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "absent" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_vanishes_under_a_loader_process_is_one_line(
+    class_folders, tmp_path, capsys, monkeypatch
+):
+    def vanished(self, index):
+        raise UserError(f"{self.paths[index]}: gone; put it back")
+
+    monkeypatch.setattr(ImageSet, "read", vanished)  # in the process that is forked off too
+    command = [*QUICK, "--set", "crop=random_resized", "--workers", "1", "--data", f"folder:{class_folders}"]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: main([*command, "--out", str(tmp_path / "out")]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"error: {class_folders}/train/"), error
+    assert error.endswith("gone; put it back\n") and error.count("\n") == 1
 
 
 def test_best_weights_are_kept_beside_the_last(class_folders, tmp_path):

@@ -14,7 +14,6 @@ from common.data.layout import EXTENSIONS, Report, found, need_folder, short_nam
 from common.data.spec import DataSpec
 from common.data.types import ImageSet
 from common.errors import UserError
-from common.files import file_digest
 
 LAYOUT = "DIR/train/<class>/<image> and DIR/val/<class>/<image>"
 
@@ -165,7 +164,6 @@ def _with_boxes(
     if split == "all":
         scored = _join(train.take(np.flatnonzero(in_train)), scored)
     _need_images(scored, f"{listed}: no image of val has a box")
-    _refuse_copies(kept, scored)
     return _boxed(kept, boxes, listed) if in_train.any() and not exclude else kept, _boxed(
         scored, boxes, listed
     )
@@ -198,23 +196,3 @@ def _join(first: ImageSet, second: ImageSet) -> ImageSet:
         labels=np.concatenate([first.labels, second.labels]),
         fingerprint=first.fingerprint + second.fingerprint,
     )
-
-
-def _refuse_copies(train: ImageSet, scored: ImageSet) -> None:
-    # the same file under another class or folder: equal names and sizes, then equal contents
-    by_name: dict[str, list[Path]] = {}
-    names = {path.name for path in scored.paths}
-    for path in train.paths:
-        if path.name in names:
-            by_name.setdefault(path.name, []).append(path)
-    copies = [
-        (one, other)
-        for one in scored.paths
-        for other in by_name.get(one.name, [])
-        if one.stat().st_size == other.stat().st_size and file_digest(one) == file_digest(other)
-    ]
-    if copies:
-        raise UserError(
-            f"{copies[0][0]}: is to be scored and is also the training image {copies[0][1]} "
-            f"({len(copies)} such images); remove one of the two"
-        )
