@@ -8,6 +8,7 @@ import numpy as np
 from common.board.cells import REPLICATES, Cell, Rescored, rescore_cells
 from common.board.columns import Column, deviations, make_columns, place
 from common.board.paper import METHODS, PaperValue, reference
+from common.board.ranks import Ranks, make_ranks
 from common.board.statistics import Difference, Sample, Score, difference, holm, score
 
 SMALL = ("smoke", "tiny")  # recipes that show the machinery
@@ -32,7 +33,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric of one entry. `reason` says why there is no score, `unpaired` why no difference."""
+    """One metric of one entry. `reason` says why there is no score, `unpaired` why no difference.
+
+    `baselines`: what needs no image scores, by name (the mean over the cells), as the best centred box.
+    """
 
     score: Score | None = None
     reason: str = ""
@@ -41,6 +45,7 @@ class Measure:
     difference: Difference | None = None
     unpaired: str = ""
     paper: PaperValue | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Board:
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
     entries: dict[tuple[str, str], Entry]
+    ranks: Ranks
     baseline: str
     replicates: int
     seed: int
@@ -84,6 +90,7 @@ def make_board(
     rows = _rows(kept, baseline)
     columns = make_columns(by_column)
     entries: dict[tuple[str, str], Entry] = {}
+    ranked: dict[str, dict[str, Sample]] = {}
     for column in columns:
         members = by_column[column.key]
         groups = {row.key: [c for c in members if _row_key(c) == row.key] for row in rows}
@@ -91,6 +98,7 @@ def make_board(
         for row in rows:
             reference_row = baseline_of(rows, row, baseline)
             entries[row.key, column.key] = _entry(row, reference_row, column, groups, samples, baseline)
+        ranked[column.key] = _comparable(rows, groups, samples, column)
     _adjust(rows, columns, entries)
     small = sorted({column.recipe.split("+")[0] for column in columns} & set(SMALL))
     notes = [MACHINERY.format(recipes=" and ".join(small))] if small else []
@@ -98,7 +106,8 @@ def make_board(
     if rows and not any(baseline in (row.group, row.label) for row in rows):
         names = ", ".join(row.label for row in rows)
         notes.append(f"no row is named {baseline!r}: no differences; --baseline takes one of {names}")
-    return Board(rows, columns, entries, baseline, replicates, seed, bool(small), tuple(notes))
+    ranks = make_ranks(ranked, {c.key for c in columns if c.task != "classification"}, seed)
+    return Board(rows, columns, entries, ranks, baseline, replicates, seed, bool(small), tuple(notes))
 
 
 def _row_key(cell: Cell) -> str:
@@ -162,6 +171,22 @@ def _why_missing(metric: str, group: list[Cell]) -> str:
     return said[0].removeprefix(f"{metric} n/a: ") if said else "not scored"
 
 
+def _comparable(
+    rows: Iterable[Row],
+    groups: dict[str, list[Cell]],
+    samples: dict[str, dict[str, Sample | str]],
+    column: Column,
+) -> dict[str, Sample]:
+    """The runs of the primary metric by row, of those that may be ranked: no random weights, the same test images."""
+    found = {
+        row.key: sample
+        for row in rows
+        if not row.scratch and isinstance(sample := samples[row.key].get(column.metric), Sample)
+    }
+    ids = next((groups[key][0].ids for key in found), [])
+    return {key: sample for key, sample in found.items() if groups[key][0].ids == ids}
+
+
 def _entry(
     row: Row,
     baseline_row: Row | None,
@@ -182,10 +207,12 @@ def _entry(
             *(column.task, column.model, metric, row.method or row.group),
             **{"data": column.data, "arch": row.arch, "recipe": column.recipe},
         )
-        chances = [cell.chance[metric] for cell in group if cell.chance.get(metric) is not None]
-        chance = sum(chances) / len(chances) if chances else None
+        chance = _mean(cell.chance.get(metric) for cell in group)
+        names = dict.fromkeys(name for cell in group for name in cell.baselines)
+        known = {name: _mean(c.baselines.get(name, {}).get(metric) for c in group) for name in names}
+        known = {name: value for name, value in known.items() if value is not None}
         if isinstance(ours, str):
-            measures[metric] = Measure(None, ours, chance, paper=paper, unpaired=unpaired)
+            measures[metric] = Measure(None, ours, chance, paper=paper, unpaired=unpaired, baselines=known)
             continue
         measured = score(ours, CIDER_LARGEST if metric == "CIDEr" else 1.0)
         paired, why = None, unpaired
@@ -200,8 +227,14 @@ def _entry(
             difference=paired,
             unpaired=why,
             paper=paper,
+            baselines=known,
         )
     return Entry(tuple(group), measures, _entry_notes(row, column, group, groups))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _why_unpaired(row: Row, baseline_row: Row | None, groups: dict[str, list[Cell]], baseline: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 from common.board.columns import Column
 from common.board.leaderboard import Board, Measure, Row, baseline_of, make_board
-from common.board.statistics import CONFIDENCE, POWER, Difference, Score
+from common.board.statistics import CONFIDENCE, IMAGES, MOST_SEEDS, POWER, Difference, Score
 
 __all__ = ["board_csv", "board_json", "board_markdown", "board_text", "make_board"]
 
-SCHEMA = 1
+SCHEMA = 2
 BREAKS = re.compile(r"(?=\+\w+=)| (?=\(v)")  # before a recipe's setting, and before the table of a source
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows; the first column names the row
 
@@ -82,8 +82,11 @@ def _count(number: int, name: str) -> str:
     return f"{number} {name}" + ("" if number == 1 else "s")
 
 
-def tables(board: Board) -> list[Table]:
-    """The board's four tables as text cells: scores, differences, what could have been seen, the paper's values."""
+def tables(board: Board, mean_rank: bool = False) -> list[Table]:
+    """The board's tables as text cells: scores, differences, what could have been seen, ranks, the paper's values.
+
+    `mean_rank`: one number a row, too: the mean of its ranks over the transfer tasks.
+    """
     columns = board.columns
     head = [f"{c.label}\n{c.detail}" for c in columns]
 
@@ -91,7 +94,8 @@ def tables(board: Board) -> list[Table]:
         return [[row.label, *(show(board.primary(row, c)) for c in columns)] for row in rows]
 
     scores = rows_of(shown_score, list(board.rows))
-    scores.append(["chance", *(_chance(board, c) for c in columns)])
+    scores.append(["chance", *(known_range(board, c, "chance") for c in columns)])
+    scores += [[name, *(known_range(board, c, name) for c in columns)] for name in baseline_names(board)]
     paired = [r for r in board.rows if any(board.primary(r, c).difference for c in columns)]
     made: list[Table] = [("Scores × 100 ± half of the 95 % interval", head, scores)]
     if paired:
@@ -104,6 +108,19 @@ def tables(board: Board) -> list[Table]:
         )
         seen = rows_of(lambda m: percent(m.difference.detectable) if m.difference else "–", paired)
         made.append(("Smallest true difference such data would show (80 % power)", head, seen))
+        if any(
+            board.primary(r, c).difference.needed
+            for r in paired
+            for c in columns
+            if board.primary(r, c).difference
+        ):
+            made.append(
+                ("Runs (pretrainings) a side to show the difference observed", head, rows_of(needed, paired))
+            )
+    if board.ranks.columns:
+        made.append(("Rank among these (share of draws in which it is first)", head, _rank_rows(board)))
+    if mean_rank and board.ranks.across:
+        made.append(_across_table(board))
     quoted = [r for r in board.rows if any(board.primary(r, c).paper for c in columns)]
     if quoted:
         values = rows_of(lambda m: percent(m.paper.value) if m.paper else "–", quoted)
@@ -112,10 +129,51 @@ def tables(board: Board) -> list[Table]:
     return made
 
 
-def _chance(board: Board, column: Column) -> str:
-    values = [m.chance for row in board.rows if (m := board.primary(row, column)).chance is not None]
+def needed(measure: Measure) -> str:
+    """Seeds, or pretrainings, needed for the difference observed: "5", "> 1000", "–" where the spread is unknown."""
+    found = measure.difference
+    if found is None or found.level == IMAGES:
+        return "–"
+    return f"> {MOST_SEEDS}" if found.needed is None else str(found.needed)
+
+
+def _rank_rows(board: Board) -> list[list[str]]:
+    orders = board.ranks.columns
+    ranked = [row for row in board.rows if any(row.key in order.ranks for order in orders.values())]
+
+    def shown(row: Row, column: Column) -> str:
+        rank = orders[column.key].ranks.get(row.key) if column.key in orders else None
+        return f"{rank.observed:g} ({100 * rank.first:.0f} %)" if rank else "–"
+
+    rows = [[row.label, *(shown(row, c) for c in board.columns)] for row in ranked]
+    taus = [f"{orders[c.key].tau:.2f}" if c.key in orders else "–" for c in board.columns]
+    return [*rows, ["Kendall τ", *(tau.replace("-", "−") for tau in taus)]]
+
+
+def _across_table(board: Board) -> Table:
+    order = board.ranks.across
+    title = f"Mean rank over the transfer tasks (their orders agree by Kendall τ {signed(board.ranks.agreement / 100, 2)})"
+    rows = [
+        [row.label, f"{r.observed:.2f}", f"{r.low:.2f} to {r.high:.2f}", f"{100 * r.first:.0f} %"]
+        for row in board.rows
+        if (r := order.ranks.get(row.key))
+    ]
+    return title, ["mean rank", "95 % of draws", "first"], rows
+
+
+def baseline_names(board: Board) -> list[str]:
+    """What needs no image and is shown beside the scores, as the best centred box."""
+    measures = (board.primary(row, c) for c in board.columns for row in board.rows)
+    return list(dict.fromkeys(name for m in measures for name in m.baselines))
+
+
+def known_range(board: Board, column: Column, name: str) -> str:
+    """What "chance", or a baseline of that name, scores beside the rows of a column: "2.5 to 2.9"."""
+    measures = [board.primary(row, column) for row in board.rows]
+    values = [m.chance if name == "chance" else m.baselines.get(name) for m in measures]
+    values = [value for value in values if value is not None]
     if not values:
-        return "n/a"
+        return "n/a" if name == "chance" else "–"
     low, high = percent(min(values)), percent(max(values))
     return low if low == high else f"{low} to {high}"
 
@@ -140,10 +198,12 @@ def _papers(board: Board) -> list:
 def method_line(board: Board) -> str:
     """How intervals were made, in one paragraph."""
     return (
-        f"Intervals: {100 * CONFIDENCE:.0f} %, estimate ± t · standard error, Satterthwaite's degrees of freedom. Test "
-        f"images: {board.replicates} bootstrap draws, the same for every backbone of a column, which pairs the "
-        "differences. Runs: the spread of seeds (of pretrainings from three on) less what it shares with the images. "
-        "CIDEr keeps its document frequencies. Claims are about: "
+        f"Intervals: {100 * CONFIDENCE:.0f} %, estimate ± t · standard error, Satterthwaite's degrees of freedom, but "
+        "never shorter than the interval of the runs alone. Test images: "
+        f"{board.replicates} bootstrap draws, the same for every backbone of a column, which pairs the differences. "
+        "Runs: the spread of seeds (of pretrainings from three on) less what it shares with the images. CIDEr keeps its "
+        "document frequencies. A rank's draws: the same resampled images for all rows, and each row's own chance in "
+        "training where it has several runs; Kendall τ compares a draw's order with the one shown. Claims are about: "
         + ("; ".join(levels(board)) or "nothing yet")
         + "."
     )
@@ -188,10 +248,10 @@ def paper_notes(board: Board) -> list[str]:
     return list(dict.fromkeys(note for m in measures if m.paper for note in m.paper.notes))
 
 
-def board_text(board: Board) -> str:
-    """The board for a terminal."""
+def board_text(board: Board, mean_rank: bool = False) -> str:
+    """The board for a terminal; `mean_rank`: see `tables`."""
     lines = [summary(board)]
-    for title, head, rows in tables(board):
+    for title, head, rows in tables(board, mean_rank):
         lines += ["", title, *_aligned([["", *head], *rows])]
     lines += ["", *_wrapped(method_line(board))]
     if any(board.primary(r, c).above_chance is False for r in board.rows for c in board.columns):
@@ -253,7 +313,8 @@ def _pipe(cells: list[str]) -> str:
 FIELDS = (
     *("row", "arch", "task", "model", "data", "recipe", "limit", "metric", "primary", "images", "runs"),
     *("pretrainings", "level", "score", "low", "high", "se", "chance", "above_chance"),
-    *("difference", "difference_low", "difference_high", "p", "p_holm", "better", "detectable"),
+    *("difference", "difference_low", "difference_high", "p", "p_holm", "better", "detectable", "needed"),
+    *("image_correlation", "seed_correlation", "rank", "first"),
     *("paper", "paper_source", "paper_comparable", "reason"),
 )
 
@@ -274,9 +335,13 @@ def records(board: Board) -> list[dict[str, Any]]:
                     record |= {k: getattr(m.score, k) for k in ("low", "high", "se", "level", "pretrainings")}
                 if d := m.difference:
                     record |= {"difference": d.value, "difference_low": d.low, "difference_high": d.high}
-                    record |= {k: getattr(d, k) for k in ("p", "p_holm", "better", "detectable")}
+                    record |= {k: getattr(d, k) for k in ("p", "p_holm", "better", "detectable", "needed")}
+                    record |= {k: getattr(d, k) for k in ("image_correlation", "seed_correlation")}
                 else:
                     record["reason"] = "; ".join(filter(None, [m.reason, m.unpaired]))
+                order = board.ranks.columns.get(column.key)
+                if metric == column.metric and order and row.key in order.ranks:
+                    record |= {"rank": order.ranks[row.key].observed, "first": order.ranks[row.key].first}
                 if m.paper:
                     record |= {"paper": m.paper.value, "paper_comparable": m.paper.comparable}
                     record["paper_source"] = f"{m.paper.source}, {m.paper.data}"
@@ -321,6 +386,7 @@ def board_json(board: Board) -> dict[str, Any]:
             for column in board.columns
             if (entry := board.entries[row.key, column.key]).cells
         ],
+        "ranks": asdict(board.ranks),
         "notes": remarks(board),
         "paper_notes": paper_notes(board),
     }
