@@ -78,8 +78,12 @@ def rerun_arguments(rerun: argparse.ArgumentParser) -> None:
 def board_arguments(board: argparse.ArgumentParser) -> None:
     board.add_argument("folder", type=Path)
     board.add_argument("--baseline", default="baseline", help="the backbone that differences are taken to")
-    for kind, what in (("json", "JSON"), ("csv", "CSV"), ("markdown", "Markdown")):
+    for kind, what in (("json", "JSON"), ("csv", "CSV"), ("markdown", "Markdown"), ("latex", "LaTeX")):
         board.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"also write it as {what}")
+    board.add_argument(
+        "--methods", type=Path, metavar="FILE", help="write the methods paragraph, .md or .tex"
+    )
+    board.add_argument("--mean-rank", action="store_true", help="one number a backbone, too: its mean rank")
 
 
 def report_arguments(report: argparse.ArgumentParser) -> None:
@@ -160,15 +164,20 @@ def _cells(folder: Path) -> list:
 
 def _board(args: argparse.Namespace) -> int:
     from common.board.table import board_csv, board_json, board_markdown, board_text, make_board
+    from common.board.writing import board_latex, methods
 
     board = make_board(_cells(args.folder), baseline=args.baseline)
-    print(board_text(board))
+    print(board_text(board, args.mean_rank))
     if args.json:
         write_json(args.json, board_json(board))
     if args.csv:
         write_text(args.csv, board_csv(board))
     if args.markdown:
         write_text(args.markdown, board_markdown(board))
+    if args.latex:
+        write_text(args.latex, board_latex(board))
+    if args.methods:
+        write_text(args.methods, methods(board, args.methods.suffix))
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The board as terminal text, Markdown, CSV and JSON. Scores are shown × 100, as in the paper (CIDEr 77.6 is .776)."""
+"""The board as terminal text, Markdown, CSV and JSON. Scores are shown × 100, as in the paper (CIDEr 77.6 is "
+".776)."""
 
 import csv
 import io
@@ -152,7 +153,8 @@ def _rank_rows(board: Board) -> list[list[str]]:
 
 def _across_table(board: Board) -> Table:
     order = board.ranks.across
-    title = f"Mean rank over the transfer tasks (their orders agree by Kendall τ {signed(board.ranks.agreement / 100, 2)})"
+    agreement = f"{board.ranks.agreement:.2f}".replace("-", "−")
+    title = f"Mean rank over the transfer tasks (Kendall τ between their orders: {agreement})"
     rows = [
         [row.label, f"{r.observed:.2f}", f"{r.low:.2f} to {r.high:.2f}", f"{100 * r.first:.0f} %"]
         for row in board.rows
@@ -198,11 +200,13 @@ def _papers(board: Board) -> list:
 def method_line(board: Board) -> str:
     """How intervals were made, in one paragraph."""
     return (
-        f"Intervals: {100 * CONFIDENCE:.0f} %, estimate ± t · standard error, Satterthwaite's degrees of freedom, but "
+        f"Intervals: {100 * CONFIDENCE:.0f} %, estimate ± t · standard error, Satterthwaite's degrees of "
+        f"freedom, but "
         "never shorter than the interval of the runs alone. Test images: "
         f"{board.replicates} bootstrap draws, the same for every backbone of a column, which pairs the differences. "
-        "Runs: the spread of seeds (of pretrainings from three on) less what it shares with the images. CIDEr keeps its "
-        "document frequencies. A rank's draws: the same resampled images for all rows, and each row's own chance in "
+        "Runs: the spread of seeds (of pretrainings from three on) less what it shares with the images. CIDEr keeps "
+        "its document frequencies. A rank's draws: the same resampled images for all rows, and each row's own "
+        "chance in "
         "training where it has several runs; Kendall τ compares a draw's order with the one shown. Claims are about: "
         + ("; ".join(levels(board)) or "nothing yet")
         + "."
