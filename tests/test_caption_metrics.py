@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -250,33 +249,33 @@ def small_table(tmp_path, monkeypatch):
 
 
 def read_pairs(path: Path) -> list[tuple[str, ...]]:
-    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]
     return list(zip(lines[1::3], lines[2::3]))
 
 
-def test_paraphrases_of_references_then_of_captions(small_table, tmp_path):
-    half, cut = tmp_path / "half.gz", tmp_path / "cut.gz"
-    references = {"the", "doctor", "red", "car", "bike"}
-    paraphrases.filter_table(small_table, half, references)
-    assert read_pairs(half) == PAIRS
-    paraphrases.filter_table(small_table, half, references - {"bike"})
-    assert read_pairs(half) == [PAIRS[0], PAIRS[1], PAIRS[3]]
-    paraphrases.filter_table(half, cut, references, {"a", "penguin", "wooden"})
-    assert read_pairs(cut) == PAIRS[:2]  # both directions; no caption says house
-
-
-@pytest.mark.parametrize("block", [8, 10, 11, 13, 16, 29])
-def test_a_table_filtered_in_two_halves_is_the_whole_filtered(tmp_path, monkeypatch, block):
-    table, whole, halves = (tmp_path / f"{name}.gz" for name in ("table", "whole", "halves"))
-    pairs = [(f"w{i}", "dog" * (i % 3)) for i in range(17)]
-    with gzip.open(table, "wt") as file:
-        file.writelines(f"0.{i}\n{one}\n{other}\n" for i, (one, other) in enumerate(pairs))
-    words = {"w", *map(str, range(1, 9)), "dog"}
-    paraphrases.filter_table(table, whole, words)
+@pytest.mark.parametrize("block", [8, 11, 29, 1 << 22])
+def test_the_cut_table_equals_a_plain_loop(tmp_path, monkeypatch, block):
+    rng = np.random.default_rng(0)
+    words = [*"abcdefgh", "don't", "t-shirt", "3rd", "café"]
+    pairs = [tuple(" ".join(rng.choice(words, rng.integers(1, 4))) for _ in range(2)) for _ in range(300)]
+    table = tmp_path / "table.gz"
+    with gzip.open(table, "wt", encoding="utf-8") as file:
+        file.writelines(f"0.5\n{one}\n{other}\n" for one, other in pairs)
     monkeypatch.setattr(paraphrases, "BLOCK", block)
-    monkeypatch.setattr(paraphrases, "ProcessPoolExecutor", ThreadPoolExecutor)
-    paraphrases.filter_by_two(table, halves, words)
-    assert read_pairs(halves) == read_pairs(whole) and len(read_pairs(whole)) > 8
+    arrays = paraphrases.index(table)
+    references, captions = set("abcdet") | {"don", "3", "rd"}, {"a", "b", "c", "f", "café", "t", "shirt"}
+
+    def possible(phrase, wanted):
+        return all(piece in wanted for piece in paraphrases.pieces([phrase]))
+
+    expected = [
+        (one, other)
+        for one, other in pairs
+        if (possible(one, references) and possible(other, captions))
+        or (possible(one, captions) and possible(other, references))
+    ]
+    paraphrases.write_table(tmp_path / "cut.gz", paraphrases.cut(arrays, references, captions))
+    assert read_pairs(tmp_path / "cut.gz") == expected and 10 < len(expected) < 200
 
 
 def test_two_processes_share_and_a_second_system_keeps_the_first(small_table, monkeypatch):
