@@ -66,41 +66,75 @@ def _svg(width: float, height: float, parts: Sequence[str], title: str, name: st
     return Markup(f"{head}<title>{Markup.escape(title)}</title>{''.join(parts)}</svg>")
 
 
-def curves(series: Sequence[tuple[str, int, Sequence[float], Sequence[float]]], name: str) -> Markup | None:
-    """Curves (label, colour index, x, y) on a logarithmic y axis. None without a positive value to show.
+def runs_bar(values: Sequence[float], score: Score | None, domain: tuple[float, float], index: int) -> Markup:
+    """Every run's score as a ring, over the interval of their mean."""
+    x = _scale(domain, BAR_WIDTH)
+    middle = BAR_HEIGHT / 2
+    parts = [f'<line class="rail" x1="0" x2="{BAR_WIDTH}" y1="{middle}" y2="{middle}"/>']
+    parts += _interval(x, score, index) if score else []
+    parts += [
+        f'<g class="{kind(index)}"><circle class="ring" cx="{x(value)}" cy="{middle}" r="5.5"/></g>'
+        for value in values
+    ]
+    text = ", ".join(f"{100 * value:.1f}" for value in values)
+    return _svg(BAR_WIDTH, BAR_HEIGHT, parts, f"runs: {text}", "bar")
+
+
+Series = Sequence[tuple[str, int, Sequence[float], Sequence[float]]]
+
+
+def curves(series: Series, name: str, x_label: str = "iteration", log: bool = True) -> Markup | None:
+    """Curves (label, colour index, x, y). None without a value to show; on a logarithmic y axis it must be positive.
 
     A legend stands beside them in the page; each curve carries its label as a title.
     """
     series = [
         (label, index, *zip(*kept))
         for label, index, xs, ys in series
-        if (kept := [(x, y) for x, y in zip(xs, ys) if y is not None and y > 0 and math.isfinite(y)])
+        if (
+            kept := [
+                (x, y) for x, y in zip(xs, ys) if y is not None and math.isfinite(y) and (y > 0 or not log)
+            ]
+        )
     ]
     if not series:
         return None
     width, height, left, bottom, top = 460, 230, 46, 34, 10
-    values = [math.log10(y) for _, _, _, ys in series for y in ys]
+    grown = math.log10 if log else float
+    values = [grown(y) for _, _, _, ys in series for y in ys]
     low, high = padded(values)
-    x = _scale((0, max(max(xs) for _, _, xs, _ in series)), width - left - 8, left)
+    low = low if log else max(low, min(0.0, min(values)))
+    last = max(max(xs) for _, _, xs, _ in series)
+    x = _scale((0, last or 1), width - left - 8, left)
     flipped = _scale((low, high), height - bottom - top)
     parts = []
-    for tick in _log_ticks(low, high):
-        y = round(height - bottom - flipped(math.log10(tick)), 2)
+    for tick in _log_ticks(low, high) if log else _linear_ticks(low, high):
+        y = round(height - bottom - flipped(grown(tick)), 1)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - 8}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick end" x="{left - 6}" y="{y + 4}">{tick:g}</text>')
-    last = max(max(xs) for _, _, xs, _ in series)
     for tick in _ticks(last):
         parts.append(f'<text class="tick middle" x="{x(tick)}" y="{height - bottom + 16}">{tick:g}</text>')
-    parts.append(f'<text class="tick middle" x="{(width + left) / 2}" y="{height - 4}">iteration</text>')
+    parts.append(f'<text class="tick middle" x="{(width + left) / 2}" y="{height - 4}">{x_label}</text>')
     for label, index, xs, ys in series:
         points = " ".join(
-            f"{x(a)},{round(height - bottom - flipped(math.log10(b)), 2)}" for a, b in zip(xs, ys)
+            f"{round(x(a), 1):g},{round(height - bottom - flipped(grown(b)), 1):g}" for a, b in zip(xs, ys)
         )
         parts.append(
             f'<g class="{kind(index)}"><polyline class="curve" points="{points}">'
             f"<title>{Markup.escape(label)}</title></polyline>{_dots(points) if len(xs) < 4 else ''}</g>"
         )
     return _svg(width, height, parts, name, "chart")
+
+
+def small_curves(series: Series, title: str) -> Markup:
+    """A small unit square of curves, for one class of many: x and y from 0 to 1."""
+    side = 104
+    x = _scale((0, 1), side)
+    parts = [f'<rect class="frame" x="0" y="0" width="{side}" height="{side}"/>']
+    for _, index, xs, ys in series:
+        points = " ".join(f"{round(x(a), 1):g},{round(side - x(b), 1):g}" for a, b in zip(xs, ys))
+        parts.append(f'<g class="{kind(index)}"><polyline class="curve" points="{points}"/></g>')
+    return _svg(side, side, parts, title, "square")
 
 
 def _dots(points: str) -> str:
@@ -114,6 +148,14 @@ def _ticks(last: float, count: int = 4) -> list[float]:
     step = 10 ** math.floor(math.log10(last / count)) if last > 0 else 1
     step *= next((m for m in (1, 2, 5, 10) if step * m * count >= last), 10)
     return [step * i for i in range(int(last / step) + 1)]
+
+
+def _linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers between two."""
+    step = 10 ** math.floor(math.log10((high - low) / count))
+    step *= next((m for m in (1, 2, 5, 10) if step * m * count >= high - low), 10)
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -13,13 +13,14 @@ from PIL import Image
 
 from common.board.cells import Cell
 from common.board.columns import Column
+from common.board.details import report_of
 from common.board.leaderboard import Board, Row
 from common.data.thumbnails import read_thumbnails
 from common.data.types import hash_order
 from common.metrics.average_precision import IGNORED, RIGHT
 from common.metrics.captions import per_image
 
-SHOWN = 6  # images a column
+DISAGREED, DRAWN = 4, 4  # images a column: those the backbones disagree about most, and a fixed random choice
 MOST_BOXES = 6
 MAP_SIDE = 48  # pixels of an embedded heat map: it is a blur of 4 to 28 cells anyway
 
@@ -42,6 +43,7 @@ class Shown:
     """One image and every backbone's answer. `picture` is set where the answers are texts."""
 
     name: str
+    disagreed: bool  # chosen because the backbones disagree about it, else drawn
     panels: list[Panel]
     picture: Markup | None = None
 
@@ -85,8 +87,9 @@ def _data_uri(data: bytes, kind: str) -> str:
 def gallery(board: Board, column: Column, number: int) -> tuple[list[Shown], list[Thumbnail]]:
     """What the report shows of a column: nothing where thumbnails or predictions did not travel with the cells.
 
-    The images are the first SHOWN of the thumbnails in the order of a hash of their ids; each backbone shows its
-    first seed's answer.
+    Of the thumbnails, themselves a fixed random choice of the test images, first those DISAGREED ones whose `quality`
+    differs most between the backbones (standard deviation; random weights do not count), then the first DRAWN of the
+    others in the order of a hash of their ids. Each backbone shows its first seed's answer.
     """
     cells = {row.key: board.entries[row.key, column.key].cells for row in board.rows}
     first = {key: min(found, key=lambda c: c.identity.seed) for key, found in cells.items() if found}
@@ -96,12 +99,12 @@ def gallery(board: Board, column: Column, number: int) -> tuple[list[Shown], lis
     if path is None or reader is None:
         return [], []
     small = read_thumbnails(path)
-    ids = list(small)
-    chosen = [ids[i] for i in hash_order(ids)[:SHOWN]]
+    rows = [row for row in board.rows if row.key in first and not row.scratch]
+    chosen = choose(list(small), [quality(first[row.key]) for row in rows])
     thumbnails = {name: Thumbnail(f"image-{number}-{k}", *small[name]) for k, name in enumerate(chosen)}
     shown = [
-        Shown(name, [], thumbnails[name].picture([], name) if column.task == "captioning" else None)
-        for name in chosen
+        Shown(name, why, [], thumbnails[name].picture([], name) if column.task == "captioning" else None)
+        for name, why in chosen.items()
     ]
     for index, row in enumerate(board.rows):
         cell = first.get(row.key)
@@ -115,6 +118,41 @@ def gallery(board: Board, column: Column, number: int) -> tuple[list[Shown], lis
                 image.panels.append(panel)
     shown = [image for image in shown if image.panels]
     return shown, [thumbnails[image.name] for image in shown]
+
+
+def choose(ids: list[str], qualities: list[Mapping[str, float]]) -> dict[str, bool]:
+    """Which images to show: id → whether the backbones' qualities disagree about it (else it is drawn)."""
+    order = [ids[i] for i in hash_order(ids)]
+    known = [name for name in order if all(name in quality for quality in qualities)]
+    apart = (
+        {name: float(np.std([quality[name] for quality in qualities])) for name in known} if qualities else {}
+    )
+    most = (
+        sorted((name for name in known if apart[name] > 0), key=lambda name: -apart[name])
+        if qualities
+        else []
+    )
+    chosen = dict.fromkeys(most[:DISAGREED], True)
+    return chosen | dict.fromkeys([name for name in order if name not in chosen][:DRAWN], False)
+
+
+def quality(cell: Cell) -> dict[str, float]:
+    """How good a cell's answer to each image is, by id.
+
+    Detection: F1 of the boxes from `best_threshold` on; captions: CIDEr; localisation: IoU of the true class's box.
+    """
+    stats = cell.images()
+    if cell.identity.task == "captioning":
+        values = per_image(stats)["CIDEr"]
+    elif cell.identity.task == "wsol":
+        values = stats["iou_gt"]
+    else:
+        shown = (stats["score"] >= best_threshold(stats)) & (stats["mark"] != IGNORED)
+        n = len(cell.ids)
+        right = np.bincount(stats["image"][shown & (stats["mark"] == RIGHT)], minlength=n)
+        both = np.bincount(stats["image"][shown], minlength=n) + stats["positives"].sum(1)
+        values = np.where(both > 0, 2 * right / np.maximum(1, both), 1.0)
+    return dict(zip(cell.ids, np.asarray(values, float).tolist()))
 
 
 Answer = Callable[[Panel, str, Thumbnail], None]
@@ -137,12 +175,7 @@ def _positions(cell: Cell) -> dict[str, int]:
 
 def class_names(cell: Cell) -> list[str]:
     """Names of the classes in their order, from report.json."""
-    return list(_report(cell).get("classes", {}))
-
-
-def _report(cell: Cell) -> dict[str, Any]:
-    path = cell.folder / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return list(report_of(cell).get("classes", {}))
 
 
 def detections(cell: Cell) -> Answer | None:
@@ -150,7 +183,7 @@ def detections(cell: Cell) -> Answer | None:
     predictions, positions, names = _predictions(cell), _positions(cell), class_names(cell)
     if predictions is None:
         return None
-    label_of = {category: c for c, category in enumerate(_report(cell).get("category_ids", []))}
+    label_of = {category: c for c, category in enumerate(report_of(cell).get("category_ids", []))}
     stats = cell.images()
     lowest = best_threshold(stats)
 

@@ -1,4 +1,5 @@
-"""One offline HTML file about a folder of cells: the board, its pictures, curves, costs and where all of it is from."""
+"""One offline HTML file about a folder of cells: the board, its pictures, curves, costs and where all of it is "
+"from."""
 
 import json
 from pathlib import Path
@@ -6,23 +7,29 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.board import charts
+from common.board import charts, details
 from common.board.cells import Cell
 from common.board.columns import TASKS, Column
-from common.board.gallery import MOST_BOXES, SHOWN, gallery
+from common.board.gallery import DISAGREED, DRAWN, MOST_BOXES, gallery
 from common.board.leaderboard import Board, Measure, Row
 from common.board.statistics import POWER
 from common.board.table import (
+    baseline_names,
+    board_csv,
+    board_markdown,
     excludes_zero,
     half_width,
+    known_range,
     levels,
     method_line,
+    needed,
     paper_notes,
     percent,
     remarks,
     signed,
     summary,
 )
+from common.board.writing import board_latex, methods_latex, methods_markdown
 from common.files import write_text
 
 
@@ -57,6 +64,11 @@ def context(cells: list[Cell], board: Board) -> dict[str, Any]:
         "remarks": [line for line in remarks(board) if not board.machinery or line != board.notes[0]],
         "left_out": len(cells) - len(used),
         "leaderboard": leaderboard(board),
+        "feet": [
+            (name, [known_range(board, column, name) for column in board.columns])
+            for name in ("chance", *baseline_names(board))
+        ],
+        "ranks": rank_rows(board),
         "differences": paired,
         "mixed_levels": len(speak) > 1,
         "difference_level": next(iter(speak), ""),
@@ -64,9 +76,16 @@ def context(cells: list[Cell], board: Board) -> dict[str, Any]:
         "paper": paper_rows(board, notes),
         "paper_notes": notes,
         "sections": [section(board, column, number) for number, column in enumerate(board.columns)],
-        "rules": {"images": SHOWN, "boxes": MOST_BOXES},
+        "rules": {"disagreed": DISAGREED, "drawn": DRAWN, "boxes": MOST_BOXES},
+        "writing": {
+            "Methods, Markdown": methods_markdown(board),
+            "Methods, LaTeX": methods_latex(board),
+            "Table, LaTeX (booktabs)": board_latex(board),
+            "Tables, Markdown": board_markdown(board),
+            "Every number, CSV": board_csv(board),
+        },
         "total_cost": clock(sum(_seconds(cell) for cell in used)),
-        "cells": [provenance(cell) for cell in sorted(used, key=lambda c: str(c.folder))],
+        "sources": sources(board),
     }
 
 
@@ -81,7 +100,7 @@ def leaderboard(board: Board) -> list[dict[str, Any]]:
             bar = None
             if measure.score:
                 bar = charts.score_bar(measure.score, measure.chance, domains[column.key], index)
-            places.append({"measure": measure, "bar": bar, "limit": column.limit})
+            places.append({"measure": measure, "bar": bar, "source": source_id(board, row, column)})
         rows.append({"row": row, "index": index, "places": places})
     return rows
 
@@ -93,6 +112,8 @@ def _domain(board: Board, column: Column) -> tuple[float, float]:
         if measure.score:
             values += [measure.score.low, measure.score.high]
             values += [] if measure.chance is None else [measure.chance]
+            cells = board.entries[row.key, column.key].cells
+            values += [value for cell in cells if (value := cell.metrics.get(column.metric)) is not None]
     return charts.padded(values) if values else (0.0, 1.0)
 
 
@@ -120,6 +141,7 @@ def _difference(measure: Measure, limit: float, index: int) -> dict[str, Any]:
         "decided": excludes_zero(found),
         "p": "< .001" if found.p_holm < 0.001 else f"{found.p_holm:.{3 if found.p_holm < 0.1 else 2}f}",
         "better": f"{100 * found.better:.0f} %",
+        "needed": needed(measure),
         "correlation": _correlations(found),
     }
 
@@ -127,6 +149,39 @@ def _difference(measure: Measure, limit: float, index: int) -> dict[str, Any]:
 def _correlations(found) -> str:
     parts = [("over images", found.image_correlation), ("over seeds", found.seed_correlation)]
     return ", ".join(f"{value:.2f} {name}".replace("-", "−") for name, value in parts if value is not None)
+
+
+def rank_rows(board: Board) -> list[dict[str, Any]]:
+    """Rows of the ranks: a rank a column and, last, the mean over the transfer tasks; the bottom one Kendall's τ."""
+    orders = [*(board.ranks.columns.get(c.key) for c in board.columns), board.ranks.across]
+    rows = []
+    for index, row in enumerate(board.rows):
+        places = [order.ranks.get(row.key) if order else None for order in orders]
+        if any(places):
+            rows.append({"row": row, "index": index, "places": places})
+    return rows
+
+
+def source_id(board: Board, row: Row, column: Column) -> str:
+    """The anchor of where an entry's numbers are from."""
+    return f"from-{board.rows.index(row)}-{board.columns.index(column)}"
+
+
+def sources(board: Board) -> list[dict[str, Any]]:
+    """Where every number is from: for each entry how its score came about, and its cells."""
+    return [
+        {
+            "id": source_id(board, row, column),
+            "title": f"{column.label}: {row.label}",
+            "measure": board.primary(row, column),
+            "metric": column.metric,
+            "images": column.images,
+            "cells": [provenance(cell) for cell in sorted(entry.cells, key=lambda c: str(c.folder))],
+        }
+        for column in board.columns
+        for row in board.rows
+        if (entry := board.entries[row.key, column.key]).cells
+    ]
 
 
 def paper_rows(board: Board, notes: list[str]) -> list[dict[str, Any]]:
@@ -151,48 +206,48 @@ def section(board: Board, column: Column, number: int) -> dict[str, Any]:
         for index, row in enumerate(board.rows)
         if (entry := board.entries[row.key, column.key]).cells
     ]
-    series = [
-        (row.label, index, *_curve(min(entry.cells, key=lambda c: c.identity.seed)))
-        for index, row, entry in rows
-    ]
-    return {
+    domain = _domain(board, column)
+    found = {
         "column": column,
         "task": TASKS.get(column.task, column.task),
         "number": number,
         "rows": rows,
-        "seeds": [(index, row, _by_seed(entry.cells)) for index, row, entry in rows if len(entry.cells) > 1],
-        "curve": charts.curves(series, f"training loss of {column.label}, logarithmic"),
+        "seeds": [
+            (i, row, *_by_seed(board, row, column, domain)) for i, row, entry in rows if entry.cells[1:]
+        ],
+        "curves": [("training loss", chart)] if (chart := details.loss_curve(rows, column)) else [],
         "shown": shown,
         "thumbnails": thumbnails,
-        "classes": class_table(rows) if column.task == "detection" else [],
+        "classes": [],
+        "small": [],
+        "captions": details.captions(rows) if column.task == "captioning" else [],
         "costs": [(index, row, _costs(entry.cells)) for index, row, entry in rows],
+        "baselines": list(
+            dict.fromkeys(n for _, _, e in rows for m in e.measures.values() for n in m.baselines)
+        ),
     }
+    found["curves"] += details.error_curves(rows, column)
+    if column.task == "wsol":
+        found["curves"] += details.thresholds(rows, column)
+    if column.task == "detection":
+        found["classes"] = details.classes(rows, board)
+        mean, found["small"] = details.precision_recall(rows, column)
+        found["curves"] += [("precision over recall, mean of the classes, %", mean)] if mean else []
+    return found
 
 
-def _curve(cell: Cell) -> tuple[list[float], list[float]]:
-    lines = [line for line in cell.log() if "iteration" in line and "loss" in line]
-    return [line["iteration"] for line in lines], [line["loss"] for line in lines]
-
-
-def _by_seed(cells: tuple[Cell, ...]) -> list[tuple[str, float | None]]:
+def _by_seed(board: Board, row: Row, column: Column, domain: tuple[float, float]) -> tuple[Any, list]:
+    """A row's runs as a picture on the column's scale, and as (name, value)."""
+    cells = board.entries[row.key, column.key].cells
     ordered = sorted(cells, key=lambda c: (str(c.pretraining), c.identity.seed))
-    return [(f"{c.identity.backbone}, seed {c.identity.seed}", c.metrics[c.primary]) for c in ordered]
-
-
-def class_table(rows: list[tuple[int, Row, Any]]) -> list[tuple[str, list[float | None]]]:
-    """AP by class, a value a row (the mean over its cells), from the tasks' report.json."""
-    tables = []
-    for _, _, entry in rows:
-        found: dict[str, list[float]] = {}
-        for cell in entry.cells:
-            path = cell.folder / "report.json"
-            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            for name, values in content.get("classes", {}).items():
-                if isinstance(values, dict) and values.get("AP") is not None:
-                    found.setdefault(name, []).append(values["AP"])
-        tables.append(found)
-    names = dict.fromkeys(name for table in tables for name in table)
-    return [(name, [sum(t[name]) / len(t[name]) if name in t else None for t in tables]) for name in names]
+    runs = [(f"{c.identity.backbone}, seed {c.identity.seed}", c.metrics[c.primary]) for c in ordered]
+    values = [value for _, value in runs if value is not None]
+    bar = (
+        charts.runs_bar(values, board.primary(row, column).score, domain, board.rows.index(row))
+        if values
+        else ""
+    )
+    return bar, runs
 
 
 def _seconds(cell: Cell) -> float:
