@@ -80,11 +80,11 @@ def code_files(task: str) -> list[Path]:
 @functools.cache
 def code_hash(task: str) -> str:
     """A hash of the code a task's cells depend on, comments and docstrings left out: shown as drift, never in a key."""
-    return digest(*(_code_without_prose(path) for path in code_files(task)))
+    return digest(*(_code_without_prose(path, path.stat().st_mtime_ns) for path in code_files(task)))
 
 
 @functools.cache
-def _code_without_prose(path: Path) -> str:
+def _code_without_prose(path: Path, changed: int) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -158,7 +158,7 @@ class Facts:
 
     def code(self, room: str) -> str:
         """The hash of the code that computes a room's cells."""
-        return self.get("code", room, _state(code_files(room)), compute=lambda: code_hash(room))
+        return self.get("code", room, _state(code_files(room)), compute=lambda: code_hash.__wrapped__(room))
 
 
 def backbone_file(spec: str) -> Path | None:

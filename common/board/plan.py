@@ -117,7 +117,8 @@ def grid_of(content: dict[str, Any]) -> Grid:
     for key, value in content.items():
         if key not in known:
             raise UserError(f"{key}: unknown; the keys are {', '.join(known)}")
-        wanted = type(getattr(Grid(), key))
+        default = getattr(Grid(), key)
+        wanted = Path if isinstance(default, Path) else type(default)
         if wanted is Path and isinstance(value, str):
             value = Path(value)
         elif wanted is float and isinstance(value, int):
