@@ -41,6 +41,7 @@ from common.metrics.classification import true_rank
 from common.mixing import ALL_METHODS
 from common.recipe import engine_options, label, override, parser, to_json
 from common.transfer import data_or_world
+from common.trunk import ARCHS
 from pretrain.networks import ALL_ARCHS, build
 from pretrain.recipes import RECIPES, PretrainRecipe
 from pretrain.regularizers import fold, install
@@ -52,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     recipe = override(replace(RECIPES[args.recipe], method=args.method), args.set)
     arch = args.arch or default_arch(args.recipe)
+    if (recipe.micro_batch or recipe.batch) == 1 and arch in ARCHS and recipe.size <= 32:
+        raise UserError(
+            f"recipe: a micro-batch of 1 image of {recipe.size} pixels leaves {arch}'s last batch norm one value a "
+            "channel; --set batch=2 or more, or --set size=64"
+        )
     device = pick_device(args.device)
     train_set, test_set = open_classification(data_or_world(args), args.limit or None, args.skip_bad)
     kept, held_out = hold_out(train_set, recipe.val_share)

@@ -64,6 +64,7 @@ BAD = {
     "alpha": (["--set", "alpha=0", "--method", "cutmix"], "alpha=0.0, it must be above 0"),
     "mask": (["--set", "cutout_share=1.5"], "no larger than the image"),
     "pairs": (["--set", "batch=1", "--method", "mixup"], "mixes pairs"),
+    "one image": (["--set", "batch=1"], "a micro-batch of 1 image of 32 pixels"),
     "method": (["--method", "cutmics"], "no method 'cutmics'; use one of baseline, cutout"),
     "two pairs": (["--method", "cutmix+mixup"], "both mix pairs"),
     "validation": (["--set", "eval_every=1"], "--set val_share"),
