@@ -140,7 +140,9 @@ def _difference(measure: Measure, limit: float, index: int) -> dict[str, Any]:
         "bar": charts.difference_bar(found, limit, index),
         "decided": excludes_zero(found),
         "p": "< .001" if found.p_holm < 0.001 else f"{found.p_holm:.{3 if found.p_holm < 0.1 else 2}f}",
-        "better": f"{100 * found.better:.0f} %",
+        "better": "< 1 %"
+        if found.better < 0.005
+        else f"{100 * found.better:.0f} %".replace("100 %", "> 99 %"),
         "needed": needed(measure),
         "correlation": _correlations(found),
     }
