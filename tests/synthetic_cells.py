@@ -1,5 +1,6 @@
-"""Synthetic cells for the board's tests, written through the very calls that tasks make; fixtures for test modules that name this
-one as a plugin, after importing from it (PYTEST_DONT_REWRITE)."""
+"""Synthetic cells for the board's tests, written through the very calls that tasks make; fixtures for the test modules
+that name this one as a plugin, after importing from it (PYTEST_DONT_REWRITE).
+"""
 
 import json
 from pathlib import Path
