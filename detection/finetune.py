@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         every=args.every,
     )
     if is_main():
-        write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths, frames=test_set.sizes)
+        known = {"frames": test_set.sizes, "boxes": test_set.boxes}
+        write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths, **known)
         if args.eval_only or not run.done("predict"):
             with run.stage("predict", files=["predictions.json"]):
                 found = predict(model, test_set, recipe, device)

@@ -3,6 +3,8 @@
 import re
 from html.parser import HTMLParser
 
+import cv2
+import numpy as np
 from synthetic_cells import backbone, write_cell
 
 from common.board import charts
@@ -10,6 +12,7 @@ from common.board.cells import load_cells
 from common.board.gallery import DISAGREED, DRAWN, choose, gallery, quality
 from common.board.report import write_report
 from common.board.table import make_board
+from common.data.thumbnails import read_truth, write_thumbnails
 
 pytest_plugins = ["synthetic_cells"]  # its fixtures
 
@@ -69,6 +72,7 @@ def test_the_report_is_one_whole_offline_file(cells, board, tmp_path):
     shown = [len(gallery(board, column, number)[0]) for number, column in enumerate(board.columns)]
     photos = 4 * (shown[0] + shown[1] + shown[3]) + shown[2]  # captions share one picture
     assert source.count('class="photo"') == photos and max(shown) <= DISAGREED + DRAWN
+    assert source.count('class="box truth"') == photos - shown[2]  # one true box an image, none for captions
     assert source.count(", drawn<") == 4 * DRAWN
     assert source.count("most disagreed about<") == sum(shown) - 4 * DRAWN > 4
     assert source.count('<details class="cell">') == 16 and source.count('<details class="source-of"') == 16
@@ -116,3 +120,19 @@ def test_charts_leave_out_what_cannot_be_drawn():
     assert charts.curves([("a", 0, [1], [0.0])], "loss") is None
     straight = charts.curves([("a", 0, [0, 1], [0.0, 100.0])], "share", log=False)
     assert ">0<" in straight and ">100<" in straight
+
+
+def test_true_boxes_travel_with_the_thumbnails(tmp_path):
+    rng, paths = np.random.default_rng(0), []
+    for i in range(3):
+        paths.append(tmp_path / f"{i}.jpg")
+        cv2.imwrite(str(paths[-1]), rng.integers(0, 255, (30, 40, 3)).astype(np.uint8))
+    ids, sizes = ["a", "b", "c"], np.array([[40, 30]] * 3)
+    boxes = [np.array([[0.0, 0, 40, 30]]), np.zeros((0, 4)), np.array([[10.0, 15, 20, 30], [0, 0, 4, 3]])]
+    path = write_thumbnails(tmp_path / "pixels", ids, paths, frames=sizes, boxes=boxes)
+    found = read_truth(path)
+    np.testing.assert_allclose(found["c"], [[0.25, 0.5, 0.5, 1.0], [0, 0, 0.1, 0.1]], atol=1e-6)
+    assert found["a"].tolist() == [[0, 0, 1, 1]] and found["b"].shape == (0, 4)
+    shares = write_thumbnails(tmp_path / "shares", ids, paths, boxes=[b / [40, 30, 40, 30] for b in boxes])
+    np.testing.assert_allclose(read_truth(shares)["c"], found["c"], atol=1e-6)
+    assert read_truth(write_thumbnails(tmp_path / "none", ids, paths)) == {}

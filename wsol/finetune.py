@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         desc=f"WSOL {backbone.name}",
     )
     if is_main():
-        write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths)
+        write_thumbnails(run.folder.parents[3], test_set.ids, test_set.paths, boxes=test_set.boxes)
         tested, held = predict_maps(run, model, backbone, test_set, held_out, device)
         threshold = choose(recipe, held, held_out)
         write_model(run, backbone, train_set.classes, threshold["value"])

@@ -15,7 +15,7 @@ from common.board.cells import Cell
 from common.board.columns import Column
 from common.board.details import report_of
 from common.board.leaderboard import Board, Row
-from common.data.thumbnails import read_thumbnails
+from common.data.thumbnails import read_thumbnails, read_truth
 from common.data.types import hash_order
 from common.metrics.average_precision import IGNORED, RIGHT
 from common.metrics.captions import per_image
@@ -56,6 +56,7 @@ class Thumbnail:
     data: bytes
     size: tuple[int, int]  # original width and height
     scale: tuple[float, float]
+    truth: np.ndarray | None = None  # true boxes (k, 4), shares of width and height
 
     @property
     def shape(self) -> tuple[float, float]:
@@ -74,6 +75,9 @@ class Thumbnail:
     def picture(self, parts: list[str], title: str) -> Markup:
         """The image with further SVG elements over it."""
         width, height = self.shape
+        for x0, y0, x1, y1 in [] if self.truth is None else (self.truth * np.tile(self.shape, 2)).tolist():
+            shape = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
+            parts = [f'<rect class="shade" {shape}/><rect class="box truth" {shape}/>', *parts]
         return Markup(
             f'<svg class="photo" viewBox="0 0 {width:g} {height:g}" role="img"><title>{Markup.escape(title)}</title>'
             f'<use href="#{self.symbol}" width="{width:g}" height="{height:g}"/>{"".join(parts)}</svg>'
@@ -98,10 +102,12 @@ def gallery(board: Board, column: Column, number: int) -> tuple[list[Shown], lis
     path = next((f / "thumbnails.npz" for f in folders if (f / "thumbnails.npz").exists()), None)
     if path is None or reader is None:
         return [], []
-    small = read_thumbnails(path)
+    small, truth = read_thumbnails(path), read_truth(path)
     rows = [row for row in board.rows if row.key in first and not row.scratch]
     chosen = choose(list(small), [quality(first[row.key]) for row in rows])
-    thumbnails = {name: Thumbnail(f"image-{number}-{k}", *small[name]) for k, name in enumerate(chosen)}
+    thumbnails = {
+        name: Thumbnail(f"image-{number}-{k}", *small[name], truth.get(name)) for k, name in enumerate(chosen)
+    }
     shown = [
         Shown(name, why, [], thumbnails[name].picture([], name) if column.task == "captioning" else None)
         for name, why in chosen.items()

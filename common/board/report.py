@@ -220,6 +220,7 @@ def section(board: Board, column: Column, number: int) -> dict[str, Any]:
         "curves": [("training loss", chart)] if (chart := details.loss_curve(rows, column)) else [],
         "shown": shown,
         "thumbnails": thumbnails,
+        "truth": any(t.truth is not None for t in thumbnails),
         "classes": [],
         "small": [],
         "captions": details.captions(rows) if column.task == "captioning" else [],

@@ -19,6 +19,7 @@ def write_thumbnails(
     count: int = 32,
     side: int = 224,
     frames: np.ndarray | None = None,
+    boxes: Sequence[np.ndarray] | None = None,
 ) -> Path:
     """Write `folder/thumbnails.npz` unless it is there, and return its path. Equal inputs give equal bytes.
 
@@ -42,8 +43,15 @@ def write_thumbnails(
         files.append(buffer.getvalue())
         sizes.append((width, height))
         scales.append((small.shape[1] / width, small.shape[0] / height))
+    truth = {}
+    if boxes is not None:
+        unit = [1.0 if frames is None else np.tile(frames[i], 2) for i in chosen]
+        shares = [np.reshape(boxes[i], (-1, 4)) / u for i, u in zip(chosen, unit)]
+        truth["boxes"] = np.concatenate([np.zeros((0, 4)), *shares]).astype(np.float32)
+        truth["box_offsets"] = np.cumsum([0, *map(len, shares)], dtype=np.int64)
     write_npz(
         target,
+        **truth,
         ids=np.array([str(ids[i]) for i in chosen], dtype=np.str_),
         sizes=np.array(sizes, np.int64).reshape(-1, 2),
         scale=np.array(scales, np.float64).reshape(-1, 2),
@@ -62,3 +70,12 @@ def read_thumbnails(path: Path | str) -> dict[str, tuple[bytes, tuple[int, int],
             key: (data[offsets[i] : offsets[i + 1]], tuple(sizes[i]), tuple(scales[i]))
             for i, key in enumerate(file["ids"].tolist())
         }
+
+
+def read_truth(path: Path | str) -> dict[str, np.ndarray]:
+    """The true boxes of a file's thumbnails by id, float32 (k, 4) as shares; empty where it has none."""
+    with np.load(path) as file:
+        if "boxes" not in file:
+            return {}
+        boxes, offsets = file["boxes"], file["box_offsets"].tolist()
+        return {key: boxes[offsets[i] : offsets[i + 1]] for i, key in enumerate(file["ids"].tolist())}
