@@ -123,15 +123,16 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run or grid.executor == "print":
         print_commands(plan_all(grid, pretrainings, backbones, tasks, facts), args.only)
         return 0
+    make_folder(records)
     outcomes = []
     if grid.sweep:
-        trials = [*pretrainings, *plan_sweep(grid, backbones, tasks, facts)]
+        trials = pretrainings + plan_sweep(grid, backbones, tasks, facts)
         outcomes += execute(trials, grid, facts, args)
-        pretrainings = []
-    jobs = plan_all(grid, pretrainings, backbones, tasks, facts)
-    make_folder(records)
-    write_json(plan_file(grid.out.absolute()), {"folder": str(Path.cwd()), "jobs": jobs_to_json(jobs)})
-    outcomes += execute(only(jobs, args.only) if args.only else jobs, grid, facts, args)
+        jobs = plan_chosen(grid, backbones, tasks, facts)
+    else:
+        jobs = pretrainings + plan_tasks(grid, backbones, tasks, facts)
+    if jobs:
+        outcomes += execute(jobs, grid, facts, args)
     return summary(outcomes, grid.out.absolute(), time.monotonic() - start)
 
 
@@ -154,12 +155,14 @@ def plan_all(
 
 
 def execute(jobs: list[Job], grid: Grid, facts: Facts, args: argparse.Namespace) -> list:
-    """Check, estimate and run jobs with the grid's executor."""
+    """Leave the plan for `status`, then check, estimate and run the jobs that --only takes."""
     from common.board.grid import places, run_jobs
     from common.board.preflight import calibrate, check, estimates, time_line, worth_calibrating
 
     out = grid.out.absolute()
     records = make_folder(out / "grid")
+    write_json(plan_file(out), {"folder": str(Path.cwd()), "jobs": jobs_to_json(jobs)})
+    jobs = only(jobs, args.only) if args.only else jobs
     found = look_at(jobs, records, facts)
     jobs = to_run(found, strict=args.strict_code, replace_stale=args.replace_stale)
     done = {s.job.name for s in found if s.state == "done" and not (args.strict_code and s.drifted)}
