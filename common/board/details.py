@@ -46,6 +46,8 @@ def error_curves(rows: Rows, column: Column) -> list[tuple[str, Markup]]:
     for index, row, entry in rows:
         lines = [line for line in first_cell(entry).log() if isinstance(line.get("eval"), dict)]
         for name in dict.fromkeys(name for line in lines for name in line["eval"]):
+            if name != column.metric and not name.startswith("top-"):
+                continue
             kept = [(line.get("epoch", line["iteration"]), line["eval"].get(name)) for line in lines]
             kept = [(x, y) for x, y in kept if y is not None]
             if len(kept) > 1:

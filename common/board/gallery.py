@@ -75,9 +75,11 @@ class Thumbnail:
     def picture(self, parts: list[str], title: str) -> Markup:
         """The image with further SVG elements over it."""
         width, height = self.shape
+        under = 1 if parts and parts[0].startswith("<image") else 0  # a heat map would hide the true boxes
         for x0, y0, x1, y1 in [] if self.truth is None else (self.truth * np.tile(self.shape, 2)).tolist():
             shape = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
-            parts = [f'<rect class="shade" {shape}/><rect class="box truth" {shape}/>', *parts]
+            both = [f'<rect class="shade" {shape}/>', f'<rect class="box truth" {shape}/>']
+            parts = [*parts[:under], *both, *parts[under:]]
         return Markup(
             f'<svg class="photo" viewBox="0 0 {width:g} {height:g}" role="img"><title>{Markup.escape(title)}</title>'
             f'<use href="#{self.symbol}" width="{width:g}" height="{height:g}"/>{"".join(parts)}</svg>'
