@@ -1,6 +1,6 @@
 """The SLURM executor on a real SLURM: one node on the loopback address, started by tests/slurm/start.sh.
 
-Skipped where Debian's slurmctld, slurmd and munge (and root) are not to be had; with BACKBENCH_NEEDS_SLURM=1 that
+Skipped where Debian's slurmctld, slurmd and munge (and root) are not to be had; with BACKBENCH_CI=1 that
 is a failure, so a machine that is meant to run this cannot leave it out unseen.
 """
 
@@ -55,7 +55,7 @@ def missing() -> str:
 def cluster(tmp_path_factory):
     """A running SLURM of one node; SLURM_CONF is set while it runs."""
     if why := missing():
-        if os.environ.get("BACKBENCH_NEEDS_SLURM") == "1":
+        if os.environ.get("BACKBENCH_CI") == "1":
             pytest.fail(f"SLURM is needed here: {why}")
         pytest.skip(why)
     folder = Path("/tmp") / f"backbench-slurm-{os.getpid()}"  # munge wants parents that others may enter
