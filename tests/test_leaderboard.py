@@ -143,6 +143,16 @@ def test_other_recipes_and_data_get_columns_of_their_own_and_random_weights_join
     }
 
 
+@pytest.mark.parametrize("label, columns", [("mini+method=own", 1), ("mini+method=cutmix", 2)])
+def test_rows_trained_with_their_own_methods_share_a_column(label, columns, tmp_path):
+    for name in ("baseline", "cutmix"):
+        folder = write_cell(tmp_path, "wsol", "cam", backbone(name), label=label)
+        content = read_json(folder / "cell.json")
+        content["inputs"]["train"]["recipe"]["method"] = name
+        write_json(folder / "cell.json", content)
+    assert len(make_board(load_cells(tmp_path)).columns) == columns
+
+
 def test_scores_of_other_images_are_not_paired(tmp_path):
     write_cell(tmp_path, "wsol", "cam", backbone("baseline"))
     write_cell(tmp_path, "wsol", "cam", backbone("mixup"), ids=[f"x{i}" for i in range(N)])

@@ -51,13 +51,16 @@ def _frame(cell: Cell) -> dict[str, Any]:
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
-    """The recipe's fields by name; a pretraining's method is what its rows differ in, so it is left out."""
+    """The recipe's fields by name, without a method in which rows differ by design.
+
+    That is a pretraining's method, and WSOL's with `--method own`, which its recipe's label says.
+    """
     found = {
         f"{stage}.{name}": value
         for stage, inputs in cell.inputs.items()
         for name, value in inputs.get("recipe", {}).items()
     }
-    if cell.identity.task == "classification":
+    if cell.identity.task == "classification" or "method=own" in cell.identity.recipe.split("+"):
         found.pop("train.method", None)
     return found
 
