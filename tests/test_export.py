@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from common.backbone import body_fingerprint, load_backbone, load_classifier, save_backbone
-from common.cli import arguments
+from common.cli import _main
 from common.errors import UserError
 from common.export import export
 from common.trunk import Classifier, Trunk
@@ -151,8 +151,7 @@ def test_the_command(saved, images, tmp_path, capsys):
     path, model = saved("resnet18")
     out = tmp_path / "x.safetensors"
     command = ["export", str(path), "--to", "safetensors", "--out", str(out), "--input-mean", "0.1,0.2,0.3"]
-    args = arguments().parse_args(command)
-    assert args.run(args) == 0
+    assert _main(command) == 0
     assert "less 0.1, 0.2, 0.3, over 0.2, 0.25, 0.3, 160 px" in capsys.readouterr().out
     backbone = load_backbone(str(out))
     assert backbone.mean == (0.1, 0.2, 0.3)
