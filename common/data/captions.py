@@ -1,11 +1,11 @@
 """Caption sets: any JSON in COCO's caption format, or a Karpathy split file, beside a folder of images."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.data.coco_layout import PLAIN_NAMES, CocoLayout, warn_of_both
 from common.data.fingerprint import fingerprint
-from common.data.layout import Report, found, need_folder, need_present, short_name
+from common.data.layout import Report, json_lists, need_folder, need_present, short_name
 from common.data.spec import DataSpec
 from common.data.types import CaptionSet
 from common.errors import UserError
@@ -15,7 +15,6 @@ LAYOUT = (
     "train2014/, val2014/ (or one images/) and annotations/captions_train2014.json, captions_val2014.json"
 )
 SUFFIXES = ("2014", "2017", "")
-PLAIN_NAMES = ("images", "train", "val", "train2014", "val2014", "train2017", "val2017", "JPEGImages")
 
 
 def read_captions(spec: DataSpec) -> tuple[CaptionSet, CaptionSet]:
@@ -29,12 +28,13 @@ def read_captions(spec: DataSpec) -> tuple[CaptionSet, CaptionSet]:
     """
     root = need_folder(spec.path, LAYOUT) if spec.path else None
     if "karpathy" in spec.options:
-        return _warn_of_both(*_read_karpathy(spec, root))
+        return warn_of_both(*_read_karpathy(spec, root))
     tested = "test" if "test" in spec.options else "val"
-    files = {part: _annotation_file(spec, root, part) for part in ("train", tested)}
-    folders = {part: _image_folder(spec, root, part, files[part]) for part in files}
+    layout = CocoLayout(spec, root, "captions", SUFFIXES, LAYOUT)
+    files = {part: layout.annotation_file(part) for part in ("train", tested)}
+    folders = {part: layout.image_folder(part, files[part]) for part in files}
     name = _set_name(spec, root or folders["train"])
-    return _warn_of_both(*(_read(name, files[part], folders[part]) for part in files))
+    return warn_of_both(*(_read(name, files[part], folders[part]) for part in files))
 
 
 def _set_name(spec: DataSpec, folder: Path) -> str:
@@ -46,61 +46,13 @@ def _set_name(spec: DataSpec, folder: Path) -> str:
     return short_name(spec.options.get("name", default))
 
 
-def _warn_of_both(train: CaptionSet, test: CaptionSet) -> tuple[CaptionSet, CaptionSet]:
-    both = set(train.paths) & set(test.paths)
-    if both:
-        line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
-        test = replace(test, report=[*test.report, line])
-    return train, test
-
-
-def _annotation_file(spec: DataSpec, root: Path | None, part: str) -> Path:
-    if part in spec.options:
-        path = Path(spec.options[part])
-        return root / path if root and not path.exists() else path
-    if root is None:
-        raise UserError(f"--data {spec}: no {part}=FILE; write captions:images=DIR,train=A.json,val=B.json")
-    year = spec.options.get("year", "")
-    for suffix in (year,) if year else SUFFIXES:
-        path = root / "annotations" / f"captions_{part}{suffix}.json"
-        if path.is_file():
-            return path
-    within = root / "annotations" if (root / "annotations").is_dir() else root
-    raise UserError(
-        f"{within}: has no captions_{part}{year or '*'}.json ({found(within)}); expected {LAYOUT}"
-    )
-
-
-def _image_folder(spec: DataSpec, root: Path | None, part: str, file: Path) -> Path:
-    expected = f"the images of {file}"
-    for key in (f"{part}_images", "images"):
-        if key in spec.options:
-            path = Path(spec.options[key])
-            return need_folder(root / path if root and not path.exists() else path, expected)
-    if root is None:
-        raise UserError(f"--data {spec}: no images=DIR (or {part}_images=DIR); where are {expected}?")
-    suffix = file.stem.removeprefix(f"captions_{part}")
-    for name in (f"{part}{suffix}", *(f"{part}{year}" for year in SUFFIXES), "images"):
-        if (root / name).is_dir():
-            return need_folder(root / name, expected)
-    raise UserError(f"{root}: no folder with {expected} ({found(root)}); expected {LAYOUT}, or give images=")
-
-
 def _read(name: str, file: Path, folder: Path) -> CaptionSet:
     report = Report()
-    content = read_json(file)
-    for key in ("images", "annotations"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            has = (
-                f"keys {', '.join(map(str, content))}"
-                if isinstance(content, dict)
-                else type(content).__name__
-            )
-            raise UserError(f"{file}: has no list '{key}' (found {has}); expected COCO's caption format")
-        if not content[key]:
-            raise UserError(f"{file}: the list '{key}' is empty")
-    names = _image_names(content["images"], file)
-    captions = _sentences(content["annotations"], names, file, report)
+    images, annotations = json_lists(
+        read_json(file), ("images", "annotations"), file, "COCO's caption format"
+    )
+    names = _image_names(images, file)
+    captions = _sentences(annotations, names, file, report)
     bare = [key for key, sentences in captions.items() if not sentences]
     if bare:
         report.note("image without a caption: left out", names[bare[0]], len(bare))

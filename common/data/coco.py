@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from common.data.coco_layout import PLAIN_NAMES, CocoLayout, warn_of_both
 from common.data.decode import read_headers
-from common.data.layout import Report, found, json_field, json_lists, need_folder, need_present, short_name
+from common.data.layout import Report, json_field, json_lists, need_folder, need_present, short_name
 from common.data.objects import Objects, finished_set
 from common.data.spec import DataSpec
 from common.data.types import DetectionSet
@@ -19,7 +20,6 @@ LAYOUT = (
     "train2017/, val2017/ (or one images/) and annotations/instances_train2017.json, instances_val2017.json"
 )
 SUFFIXES = ("2017", "2014", "")
-PLAIN_NAMES = ("images", "train", "val", "train2014", "val2014", "train2017", "val2017", "JPEGImages")
 
 
 @dataclass
@@ -55,12 +55,12 @@ def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     Raises UserError for everything it cannot read.
     """
     root = need_folder(spec.path, LAYOUT) if spec.path else None
+    files = CocoLayout(spec, root, "instances", SUFFIXES, LAYOUT)
     reports = [Report(), Report()]
     parts = [
-        read_instances(_annotation_file(spec, root, part), report)
-        for part, report in zip(("train", "val"), reports)
+        read_instances(files.annotation_file(part), report) for part, report in zip(("train", "val"), reports)
     ]
-    folders = [_image_folder(spec, root, part, read.file) for part, read in zip(("train", "val"), parts)]
+    folders = [files.image_folder(part, read.file) for part, read in zip(("train", "val"), parts)]
     category_of, given = _classes(spec, parts)
     default = root.resolve() if root else folders[0].resolve()
     if not root and default.name in PLAIN_NAMES:
@@ -70,42 +70,7 @@ def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
         _build(name, *part, category_of, given, training=k == 0)
         for k, part in enumerate(zip(parts, folders, reports))
     )
-    both = set(train.paths) & set(test.paths)
-    if both:
-        line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
-        test = replace(test, report=[*test.report, line])
-    return train, test
-
-
-def _annotation_file(spec: DataSpec, root: Path | None, part: str) -> Path:
-    if part in spec.options:
-        path = Path(spec.options[part])
-        return root / path if root and not path.exists() else path
-    if root is None:
-        raise UserError(f"--data {spec}: no {part}=FILE; write coco:images=DIR,train=A.json,val=B.json")
-    years = [spec.options["year"]] if "year" in spec.options else SUFFIXES
-    for year in years:
-        path = root / "annotations" / f"instances_{part}{year}.json"
-        if path.is_file():
-            return path
-    within = root / "annotations" if (root / "annotations").is_dir() else root
-    wanted = f"instances_{part}{years[0] if 'year' in spec.options else '*'}.json"
-    raise UserError(f"{within}: has no {wanted} ({found(within)}); expected {LAYOUT}")
-
-
-def _image_folder(spec: DataSpec, root: Path | None, part: str, file: Path) -> Path:
-    expected = f"the images of {file}"
-    for key in (f"{part}_images", "images"):
-        if key in spec.options:
-            path = Path(spec.options[key])
-            return need_folder(root / path if root and not path.exists() else path, expected)
-    if root is None:
-        raise UserError(f"--data {spec}: no images=DIR (or {part}_images=DIR); where are {expected}?")
-    suffix = file.stem.removeprefix(f"instances_{part}")
-    for name in (f"{part}{suffix}", *(f"{part}{year}" for year in SUFFIXES), "images"):
-        if (root / name).is_dir():
-            return need_folder(root / name, expected)
-    raise UserError(f"{root}: no folder with {expected} ({found(root)}); expected {LAYOUT}, or give images=")
+    return warn_of_both(train, test)
 
 
 def read_instances(file: Path, report: Report) -> Instances:
