@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.adoption import LARGEST, adoption_report
 from common.backbone import Backbone, load_backbone
 from common.cell import Run, open_run
-from common.data.types import ImageSet, hash_order
+from common.data.types import ImageSet
 from common.engine import is_main, pick_device
 from common.errors import UserError
 from common.files import write_json
@@ -173,19 +172,13 @@ def hold_out(images: Any, share: float) -> tuple[Any, Any]:
     """
     if not 0 < share < 1:
         raise UserError(f"--val-share {share:g}: it is a share, above 0 and below 1")
-    order = hash_order(images.ids)
-    chosen = order
-    if isinstance(images, ImageSet):
-        boxed = np.array([len(boxes) > 0 for boxes in images.boxes or [()] * len(images)], bool)
-        chosen = order[boxed[order]]
-    chosen = chosen[: round(share * len(chosen))]
-    rest = np.setdiff1d(np.arange(len(images)), chosen)
-    if not len(chosen) or not len(rest):
+    rest, scored = images.split(share, images.boxed if isinstance(images, ImageSet) else None)
+    if not len(scored) or not len(rest):
         what = "no training image has a box to score" if isinstance(images, ImageSet) else "too few images"
         raise UserError(
             f"{images.name}: --val-share {share:g} leaves none on one side of {len(images)} ({what})"
         )
-    return images.take(rest), images.take(np.sort(chosen))
+    return rest, scored
 
 
 def _check_adoption(run: Run, backbone: Backbone, train_set: Any, device: torch.device) -> None:

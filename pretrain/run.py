@@ -32,7 +32,7 @@ from common.cell import Identity, Run, open_run
 from common.classify import make_step, predict_logits
 from common.crops import TrainImages, test_images
 from common.data import open_classification
-from common.data.types import ImageSet, hash_order
+from common.data.types import ImageSet
 from common.engine import INIT, is_main, pick_device, torch_seed, train
 from common.engine.state import read_state
 from common.errors import UserError, run_main
@@ -145,13 +145,12 @@ def default_arch(recipe: str) -> str:
 
 def hold_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet | None]:
     """Split `share` of the training images off, by hash of their ids: (trained on, held out)."""
-    count = round(share * len(images))
     if not share:
         return images, None
-    if not 0 < count < len(images):
+    kept, held_out = images.split(share)
+    if not len(kept) or not len(held_out):
         raise UserError(f"recipe: val_share={share} of {len(images)} images leaves none on one side")
-    order = hash_order(images.ids)
-    return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
+    return kept, held_out
 
 
 def evaluation(

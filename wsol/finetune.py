@@ -30,7 +30,7 @@ from common.crops import SQUARES, TrainImages
 from common.data import open_localisation
 from common.data.decode import Fit, centre_crop, decode_all
 from common.data.thumbnails import write_thumbnails
-from common.data.types import ImageSet, hash_order
+from common.data.types import ImageSet
 from common.engine import INIT, autocast, is_main, torch_seed, train
 from common.errors import UserError, run_main
 from common.metrics.classification import true_rank
@@ -132,22 +132,19 @@ def hold_out(train_set: ImageSet, recipe: WSOLRecipe) -> tuple[ImageSet, ImageSe
     """
     if not recipe.holdout:
         return train_set, None
-    boxed = np.array([len(boxes) > 0 for boxes in train_set.boxes or [()] * len(train_set)])
-    order = hash_order(train_set.ids)
-    chosen = order[boxed[order]][: round(recipe.holdout * boxed.sum())]
+    rest, chosen = train_set.split(recipe.holdout, train_set.boxed)
     if not len(chosen):
         if recipe.threshold:
             return train_set, None
         raise UserError(
-            f"{train_set.name}: {boxed.sum()} training images have boxes, too few to choose the threshold on; "
-            "--set threshold=0.15 (the paper's)"
+            f"{train_set.name}: {train_set.boxed.sum()} training images have boxes, too few to choose the threshold "
+            "on; --set threshold=0.15 (the paper's)"
         )
-    rest = np.setdiff1d(np.arange(len(train_set)), chosen)
     if not len(rest):
         raise UserError(
             f"recipe: holdout={recipe.holdout} leaves none of {len(train_set)} images to train on"
         )
-    return train_set.take(rest), train_set.take(np.sort(chosen))
+    return rest, chosen
 
 
 def predict_maps(

@@ -56,6 +56,17 @@ class _Indexed:
         part = self.take(np.sort(hash_order(self.ids)[:limit]))
         return replace(part, fingerprint=digest(self.fingerprint, "limit", limit))
 
+    def split(self, share: float, among: np.ndarray | None = None) -> tuple[Self, Self]:
+        """(the rest, a `share` held out), each in the set's own order; either may be empty.
+
+        By hash of the ids: the same for every seed. With `among`, bool (n,), the share is of those images alone.
+        """
+        order = hash_order(self.ids)
+        if among is not None:
+            order = order[among[order]]
+        chosen = np.sort(order[: round(share * len(order))])
+        return self.take(np.setdiff1d(np.arange(len(self)), chosen)), self.take(chosen)
+
     def without(self, bad: Sequence[int]) -> Self:
         """The set without the images at the indices `bad`, counted in `skipped` and the report."""
         if not len(bad):
@@ -85,6 +96,11 @@ class ImageSet(_Indexed):
     report: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     pixels: np.ndarray | None = None
+
+    @property
+    def boxed(self) -> np.ndarray:
+        """bool (n,): whether an image has a box."""
+        return np.array([len(boxes) > 0 for boxes in self.boxes or [()] * len(self)], bool)
 
     def read(self, index: int) -> np.ndarray:
         """One image, uint8 (H, W, 3) RGB. Raises UserError naming a file that cannot be decoded."""
