@@ -18,7 +18,7 @@ from common.classify import ClassifyRecipe
 from common.engine.loop import Step
 from common.errors import UserError
 from common.feature_mixing import plain_network
-from common.mixing import ALL_METHODS, parse_method
+from common.mixing import ALL_METHODS, REGULARIZERS, parse_method
 from common.recipe import knob
 
 BLOCK_STAGES = ("layer1", "layer2", "layer3", "layer4")  # a CIFAR network has no layer4
@@ -191,7 +191,7 @@ def install(model: nn.Module, recipe: RegularizedRecipe) -> Regularizers:
     """
     names = parse_method(recipe.method)
     made = Regularizers("dropblock" in names and recipe.dropblock_schedule == "linear")
-    if not {"stochdepth", "dropblock", "shakedrop"} & set(names):
+    if not set(REGULARIZERS) & set(names):
         return made
     blocks = residual_blocks(model)
     last_stages = sorted({stage for stage, _, _ in blocks})[-recipe.dropblock_stages :]

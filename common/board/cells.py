@@ -19,7 +19,6 @@ from common.metrics import rescore
 
 REPLICATES = 1000
 AT_ONCE = 32  # cells whose statistics are in memory together
-DERIVED = ("cell.json", "images.npz", "report.json", "report.md")
 
 
 @dataclass(frozen=True)
