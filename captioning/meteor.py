@@ -148,22 +148,28 @@ def _plain(sentence: str) -> str:
     return one_line(sentence.replace("|||", ""))
 
 
-def _paraphrase_table(captions: set[str], references: set[str]) -> Path:
-    """The table cut down to these words, from the cache folder or made there in a second.
+def paraphrase_arrays() -> Path:
+    """METEOR's paraphrase table as arrays, in the cache folder; made there the first time ever, in some 8 s.
 
-    The first cut ever also makes the table's arrays: 20 s.
+    Raises UserError, OSError or SubprocessError where they cannot be made, JavaError without the table.
     """
     table = find_jar("meteor", "data", "paraphrase-en.gz")
+    arrays = cache_folder("meteor") / f"{digest('arrays 2', table.stat().st_size)}.npz"
+    with locked(arrays):
+        if not arrays.exists():
+            temporary = arrays.with_name(f".{arrays.stem}.{os.getpid()}.tmp.npz")
+            command = [sys.executable, "-P", paraphrases.__file__, str(table), str(temporary)]
+            subprocess.run(command, check=True, capture_output=True, timeout=600)
+            temporary.replace(arrays)
+    return arrays
+
+
+def _paraphrase_table(captions: set[str], references: set[str]) -> Path:
+    """The table cut down to these words, from the cache folder or made there in a second."""
     words = [sorted(references), sorted(captions)]
     try:
-        folder, key = cache_folder("meteor"), digest("arrays 1", table.stat().st_size)
-        arrays, path = folder / f"{key}.npz", folder / f"{digest(key, *words)}.gz"
-        with locked(arrays):
-            if not arrays.exists():
-                temporary = arrays.with_name(f".{key}.{os.getpid()}.tmp.npz")
-                command = [sys.executable, "-P", paraphrases.__file__, str(table), str(temporary)]
-                subprocess.run(command, check=True, capture_output=True, timeout=600)
-                temporary.replace(arrays)
+        arrays = paraphrase_arrays()
+        path = arrays.with_name(f"{digest(arrays.stem, *words)}.gz")
         if not path.exists():
             with np.load(arrays) as file:
                 pairs = paraphrases.cut(dict(file), *words)
@@ -171,5 +177,5 @@ def _paraphrase_table(captions: set[str], references: set[str]) -> Path:
             paraphrases.write_table(temporary, pairs)
             temporary.replace(path)
     except (UserError, OSError, subprocess.SubprocessError):
-        return table  # no place for a cache: slower, not wrong
+        return find_jar("meteor", "data", "paraphrase-en.gz")  # no place for a cache: slower, not wrong
     return path

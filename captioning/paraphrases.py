@@ -8,8 +8,9 @@ own, for it takes most of a gigabyte); a cut is then a few vectorised look-ups.
 import gzip
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
-from itertools import chain, islice
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +33,20 @@ def index(table: Path) -> dict[str, np.ndarray]:
     "pairs" int32 (n, 2): phrases by number; "starts" int32 (phrases + 1,) into "words" int32: a phrase's words by
     number; "vocabulary" uint8: the words, a line each.
     """
-    numbers: dict[bytes, int] = {}
-    pairs: list[np.ndarray] = []
+    numbers, vocabulary = _numbering(), _numbering()
+    pairs = []
     for lines in _read(table):
-        both = [p for pair in zip(lines[1::3], lines[2::3]) for p in pair]
-        pairs.append(np.array([numbers.setdefault(p, len(numbers)) for p in both], np.int32).reshape(-1, 2))
-    phrases, vocabulary = iter(numbers), {}
-    lengths, words = [], []
-    while some := [phrase.split(b" ") for phrase in islice(phrases, 100_000)]:
-        lengths.append(np.array([len(phrase) for phrase in some], np.int32))
-        flat = [vocabulary.setdefault(w, len(vocabulary)) for w in chain.from_iterable(some)]
-        words.append(np.array(flat, np.int32))
+        columns = [np.fromiter(map(numbers.__getitem__, lines[k::3]), np.int32) for k in (1, 2)]
+        pairs.append(np.stack(columns, 1))
+    text = b"\n".join(numbers)
+    gaps = np.frombuffer(text, np.uint8)
+    gaps = gaps[(gaps == ord("\n")) | (gaps == ord(" "))]
+    ends = [*(np.flatnonzero(gaps == ord("\n")) + 1), len(gaps) + 1]
+    words = text.replace(b"\n", b" ").split(b" ")
     return {
         "pairs": np.concatenate(pairs),
-        "starts": np.concatenate([[0], *lengths]).cumsum().astype(np.int32),
-        "words": np.concatenate(words),
+        "starts": np.array([0, *ends], np.int32),
+        "words": np.fromiter(map(vocabulary.__getitem__, words), np.int32),
         "vocabulary": np.frombuffer(b"\n".join(vocabulary), np.uint8),
     }
 
@@ -79,11 +79,19 @@ def write_table(path: Path, pairs: Iterable[tuple[bytes, bytes]]) -> None:
     path.write_bytes(gzip.compress(b"".join([b"1\n%b\n%b\n" % pair for pair in pairs]), 1))
 
 
+def _numbering() -> defaultdict[bytes, int]:
+    """Numbers what it is asked for from 0 on."""
+    made: defaultdict[bytes, int] = defaultdict()
+    made.default_factory = made.__len__
+    return made
+
+
 def _read(table: Path) -> Iterable[list[bytes]]:
-    """The lines of a table, some whole groups of three at a time."""
-    with gzip.open(table) as source:
-        tail = b""
-        while block := source.read(BLOCK):
+    """The lines of a table, some whole groups of three at a time, unpacked in a thread ahead of their use."""
+    with gzip.open(table) as source, ThreadPoolExecutor(1) as ahead:
+        tail, coming = b"", ahead.submit(source.read, BLOCK)
+        while block := coming.result():
+            coming = ahead.submit(source.read, BLOCK)
             lines = (tail + block).split(b"\n")
             end = (len(lines) - 1) // 3 * 3
             tail = b"\n".join(lines[end:])
