@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from common.board.ranks import kendall, make_ranks
+from common.board.ranks import draws as rank_draws
+from common.board.ranks import kendall, make_noise, make_ranks
 from common.board.statistics import (
     CHECKPOINT,
     IMAGES,
@@ -31,14 +32,15 @@ def test_draws_are_counts_that_do_not_depend_on_who_asks():
     )
 
 
-def simulate(rng, pretrainings, seeds, sd, offset=0.0, n=60, images=None, weights=None):
+def simulate(rng, pretrainings, seeds, sd, offset=0.0, n=60, images=None, weights=None, block=0.0):
     """A sample with known truth, and its runs' own parts.
 
-    Values are offset + pretraining + seed + image + seed × image, with the standard deviations `sd` in that order.
+    Values are offset + pretraining + seed + image + seed × image, with the standard deviations `sd` in that order, and
+    `block` (m,): what each run shares with the runs of its labels in other samples.
     Two samples are of the same test images when they are given the same `images` (n,) and `weights` (R, n).
     """
     runs = pretrainings * seeds
-    own = np.repeat(rng.normal(0, sd[0], pretrainings), seeds) + rng.normal(0, sd[1], runs)
+    own = np.repeat(rng.normal(0, sd[0], pretrainings), seeds) + rng.normal(0, sd[1], runs) + block
     images = rng.normal(0, sd[2], n) if images is None else images
     weights = draws(rng, n) if weights is None else weights
     table = offset + own[:, None] + images + rng.normal(0, sd[3], (runs, n))
@@ -274,3 +276,63 @@ def test_ranks_are_stable_where_scores_are_apart_and_not_where_they_are_equal():
     assert sum(r.first for r in unclear.ranks.values()) == pytest.approx(1)
     assert found.agreement == 1 and found.across.ranks["c"].observed == 3
     assert make_ranks({"one": apart}, {"one"}).across is None
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.4])
+@pytest.mark.parametrize("pretrainings, seeds", [(1, 3), (1, 5), (3, 3)])
+def test_ranks_of_equal_rows_are_first_as_often_as_said(pretrainings, seeds, shared):
+    """Two rows of equal truth: "first in more than 90, or less than 10 % of the draws" is said of about a fifth.
+
+    Also where runs of the same labels share most of their luck (noise drawn for each row alone says it of 2 %), and as
+    the probability of being better says it.
+    """
+    rng = np.random.default_rng(4)
+    weights, sd, said = draws(rng, 60), (0.15 if pretrainings > 1 else 0.0, 0.15, 1.0, 0.3), []
+    for _ in range(300):
+        images, runs = rng.normal(0, 1, 60), (pretrainings, seeds)
+        block = shared * (rng.normal(size=(pretrainings, 1)) + rng.normal(size=runs)).ravel()
+        a, b = (simulate(rng, *runs, sd, 0, 60, images, weights, block)[0] for _ in range(2))
+        first = make_ranks({"column": {"a": a, "b": b}}, set()).columns["column"].ranks["a"].first
+        said.append((first, difference(a, b).better))
+    first, better = np.array(said).T
+    assert 0.12 <= ((first < 0.1) | (first > 0.9)).mean() <= 0.28
+    assert np.corrcoef(first, better)[0, 1] > 0.98
+
+
+def test_rank_draws_spread_as_the_parts_of_the_variance():
+    """At 3 × 3 a row's draws hold pretraining and fine-tuning as the mean of the nine holds them, the images once."""
+    rng, found = np.random.default_rng(0), []
+    weights = draws(rng, 60, 400)
+    for _ in range(150):
+        sample, _ = simulate(rng, 3, 3, (0.4, 0.3, 1.0, 0.3), weights=weights)
+        values = rank_draws(sample, make_noise(0))[1] - sample.values.mean()
+        found.append(np.median(np.abs(values)))
+    spread = (0.4**2 / 3 + 0.3**2 / 9 + 1 / 60 + 0.3**2 / 60 / 9) ** 0.5
+    assert (
+        0.9 < np.mean(found) / (0.6745 * spread) < 1.3
+    )  # the heavy tails of t with two degrees of freedom aside
+
+
+def test_a_resampling_without_a_score_leaves_the_ranks_of_the_others():
+    """A resampling that is NaN in one row is left out for all; a row with too few scores is not ranked."""
+    rng = np.random.default_rng(0)
+
+    def row(value, holes):
+        replicates = value + 0.01 * rng.normal(size=(1, 100))
+        replicates[0, :holes] = np.nan
+        return Sample((0,), (0,), np.array([value]), replicates, 30)
+
+    rows = {"a": row(0.9, 0), "b": row(0.5, 3), "c": row(0.1, 0), "d": row(0.7, 50)}
+    ranks = make_ranks({"column": rows}, set()).columns["column"].ranks
+    assert {name: rank.observed for name, rank in ranks.items()} == {"a": 1, "b": 2, "c": 3}
+
+
+def test_columns_of_the_same_labels_share_their_luck():
+    """The mean rank's draws keep what pretrainings do to all tasks alike: equal columns are as unsure as one."""
+    rng = np.random.default_rng(1)
+    weights, images = draws(rng, 60, 400), rng.normal(0, 1, 60)
+    rows = {
+        name: simulate(rng, 3, 1, (0.3, 0.0, 1.0, 0.3), images=images, weights=weights)[0] for name in "abc"
+    }
+    found = make_ranks({"one": rows, "other": rows}, {"one", "other"})
+    assert found.across == found.columns["one"]

@@ -1,13 +1,24 @@
-"""How stable the order of the backbones is: ranks over draws of what chance could have given."""
+"""How stable the order of the backbones is: ranks over draws of what chance could have given.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+A draw is one other world, the same for every row and column: other test images (a resampling), other pretrainings and
+other seeds. Rows whose runs bear the same labels are paired by them, as the differences are: what a seed gave to both
+moves neither past the other.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from scipy.stats import rankdata
 
-from common.board.statistics import CONFIDENCE, Sample, finite, spread, strata
+from common.board.statistics import CONFIDENCE, Sample, Stratum, finite, strata
+from common.files import digest
+
+Noise = Callable[
+    [Stratum, int], np.ndarray
+]  # (a stratum, its place among its row's) → (units, R), in units of t
 
 
 @dataclass(frozen=True)
@@ -44,17 +55,15 @@ class Ranks:
 def make_ranks(samples: Mapping[str, Mapping[str, Sample]], transfer: set[str], seed: int = 0) -> Ranks:
     """Ranks by column (key → row → runs), best first; `transfer`: the columns that the mean rank is over.
 
-    A draw is the score under one resampling of the test images, which is the same for every row, plus chance in
-    training: independent noise of each row with the spread of its own runs and the t of their number. Rows with one
-    run have no such noise: their order speaks of test images only.
+    Resamplings that gave NaN in some row are left out for all, rows of which too few are left are not ranked. Rows with
+    one run have no noise of training: their order speaks of test images only.
     """
+    noise = make_noise(seed)
     drawn = {}
-    for number, (key, rows) in enumerate(samples.items()):
-        rng = np.random.default_rng([seed, number])
-        found = {row: draw for row, sample in rows.items() if (draw := draws(sample, rng)) is not None}
-        sizes = {len(values) for _, values in found.values()}
-        if len(found) > 1 and len(sizes) == 1:
-            drawn[key] = found
+    for key, rows in samples.items():
+        kept = _same_draws({row: sample for row, sample in rows.items() if finite(sample)})
+        if len(kept) > 1:
+            drawn[key] = {row: draws(sample, noise) for row, sample in kept.items()}
     orders, placed = {}, {}
     for key, found in drawn.items():
         observed = _ranks(np.array([value for value, _ in found.values()])[:, None])
@@ -75,19 +84,48 @@ def make_ranks(samples: Mapping[str, Mapping[str, Sample]], transfer: set[str], 
     return Ranks(orders, across, float(np.mean(pairs)))
 
 
-def draws(sample: Sample, rng: np.random.Generator) -> tuple[float, np.ndarray] | None:
-    """A row's score, and draws of it (R,) about it; None when resampling left too few scores."""
-    kept = finite(sample)
-    if kept is None:
-        return None
-    parts = strata(kept)
+def _same_draws(rows: dict[str, Sample]) -> dict[str, Sample]:
+    """Samples (of the same test images) less the resamplings that are NaN in any of them."""
+    if not rows:
+        return {}
+    good = np.logical_and.reduce([np.isfinite(sample.replicates).all(0) for sample in rows.values()])
+    return {row: replace(sample, replicates=sample.replicates[:, good]) for row, sample in rows.items()}
+
+
+def make_noise(seed: int) -> Noise:
+    """Draws of the units of a stratum: equal for equal (place, labels, R), whatever the row or the column.
+
+    Weighted by the deviations of k units from their mean, a draw has the standard error of that mean and a t of k − 1
+    degrees of freedom; so has the difference of two rows that take the same draws, with the standard error of its own.
+    """
+
+    @functools.cache
+    def make(place: int, labels: tuple, replicates: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, int(digest("ranks", place, list(map(str, labels))), 16)])
+        k = len(labels)
+        scale = np.sqrt(rng.chisquare(k - 1, replicates) / (k - 1))
+        return rng.standard_normal((k, replicates)) / scale / np.sqrt(k * (k - 1))
+
+    return lambda part, place: make(place, part.labels, part.deviations.shape[1])
+
+
+def draws(sample: Sample, noise: Noise) -> tuple[float, np.ndarray]:
+    """A row's score, and draws of it (R,) about it: its resampled images plus chance in training.
+
+    The spread of a stratum's values holds what differs between runs from image to image, which the resampling holds
+    too: that part is taken out of the noise.
+    """
+    parts = strata(sample)
     value = sum(part.share * part.values.mean() for part in parts)
     values = value + sum(part.share * part.deviations.mean(0) for part in parts)
-    several = [part for part in parts if len(part.values) > 1]
-    for part, term in zip(several, spread(parts, kept.images).runs):
-        shared = part.deviations.var(0, ddof=1).mean()  # is in the resampling already
-        noise = np.sqrt(term.weight * max(0.0, term.variance - shared) / term.units)
-        values = values + noise * rng.standard_t(term.units - 1, len(values))
+    for place, part in enumerate(parts):
+        k = len(part.values)
+        seen = part.values.var(ddof=1) if k > 1 else 0.0
+        if seen > 0:
+            own = max(0.0, 1 - part.deviations.var(0, ddof=1).mean() / seen)
+            values = values + part.share * np.sqrt(own) * (part.values - part.values.mean()) @ noise(
+                part, place
+            )
     return float(value), values
 
 

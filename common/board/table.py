@@ -205,11 +205,9 @@ def method_line(board: Board) -> str:
         "never shorter than the interval of the runs alone. Test images: "
         f"{board.replicates} bootstrap draws, the same for every backbone of a column, which pairs the differences. "
         "Runs: the spread of seeds (of pretrainings from three on) less what it shares with the images. CIDEr keeps "
-        "its document frequencies. A rank's draws: the same resampled images for all rows, and each row's own "
-        "chance in "
-        "training where it has several runs; Kendall τ compares a draw's order with the one shown. Claims are about: "
-        + ("; ".join(levels(board)) or "nothing yet")
-        + "."
+        "its document frequencies. A rank's draws: the same resampled images for all rows, and chance in "
+        "training, paired by seed as the differences are, where there are several runs; Kendall τ compares a draw's "
+        "order with the one shown. Claims are about: " + ("; ".join(levels(board)) or "nothing yet") + "."
     )
 
 
