@@ -280,18 +280,50 @@ def test_pretrainings_are_cells_that_the_transfers_wait_for(tmp_path, facts):
     assert only([*jobs, *transfers], "wsol/cam/cutmix-p1/*") == [jobs[1], transfers[1]]  # with what it needs
 
 
+def test_a_field_is_set_for_every_task_a_room_a_task_or_the_pretrainings(tmp_path, facts):
+    fields = {"lr": 0.1, "detection": {"lr": 0.2, "batch": 2}, "ssd300.lr": 0.3, "pretrain": {"size": 48}}
+    grid = smoke(
+        tmp_path,
+        **{k: getattr(grid_of({"set": fields, "pretrain": ["cutmix"]}), k) for k in ("set", "pretrain")},
+    )
+    jobs = plan_tasks(
+        grid, name_group("", ["scratch:resnet18_half"], facts), ["ssd300", "faster_rcnn", "wsol"], facts
+    )
+    settings = {job.model: job.command[job.command.index("--set") :] for job in jobs}
+    assert settings == {
+        "ssd300": ("--set", "lr=0.3", "--set", "batch=2"),
+        "faster_rcnn": ("--set", "lr=0.2", "--set", "batch=2"),
+        "cam": ("--set", "lr=0.1"),
+    }
+    assert [job.folder.parts[-3] for job in jobs] == [
+        "smoke+batch=2+lr=0.3",
+        "smoke+batch=2+lr=0.2",
+        "smoke+lr=0.1",
+    ]
+    (pretraining,), _ = plan_pretrainings(grid, facts)
+    assert pretraining.command[-2:] == ("--set", "size=48")
+    with pytest.raises(UserError, match="no field .rate"):
+        plan_tasks(
+            replace(grid, set={"wsol.rate": "1"}),
+            name_group("", ["scratch:resnet18_half"], facts),
+            ["wsol"],
+            facts,
+        )
+
+
 def test_toml_and_options_give_the_same_grid(tmp_path, monkeypatch):
     file = tmp_path / "grid.toml"
     file.write_text(
         'recipe = "paper"\nseeds = 5\ntasks = ["wsol", "detection"]\nexecutor = "slurm"\nout = "there"\n'
         '[backbones]\ncutmix = ["a.pt", "b.pt"]\nr50 = "torchvision:resnet50"\n[pretrain]\nmixup = {seeds = 3}\n'
-        '[data]\ndetection = "voc:V,year=2007"\n[slurm]\npartition = "gpu"\ntimeout_min = 60\n'
+        '[data]\ndetection = "voc:V,year=2007"\n[set]\nlr = 0.1\nssd300.anchors = [1, 2]\n'
+        '[slurm]\npartition = "gpu"\ntimeout_min = 60\n'
     )
     monkeypatch.chdir(tmp_path)
     words = (
         "run --recipe paper --seeds 5 --tasks wsol detection --executor slurm --out there "
         "--backbones cutmix=a.pt,b.pt r50=torchvision:resnet50 --pretrain mixup:seeds=3 "
-        "--data detection=voc:V,year=2007 --slurm partition=gpu timeout_min=60"
+        "--data detection=voc:V,year=2007 --set lr=0.1 ssd300.anchors=1,2 --slurm partition=gpu timeout_min=60"
     )
     given = grid_of_arguments(arguments("run").parse_args(words.split()))
     assert read_grid(file) == given
@@ -310,6 +342,7 @@ def test_toml_and_options_give_the_same_grid(tmp_path, monkeypatch):
         ("seeds = 2", "no backbones"),
         ("backbones = ['a']\nexecutor = 'cloud'", "local, slurm or print"),
         ("backbones = ['a']\n[data]\nsegmentation = 'x'", "data segmentation: unknown"),
+        ("backbones = ['a']\n[set.ssd]\nlr = 1", "ssd is neither pretrain nor one of ssd300"),
         ("pretrain = ['cutmix:seeds=x']", "METHOD:seeds=N"),
     ],
 )

@@ -58,6 +58,14 @@ def run_arguments(run: argparse.ArgumentParser) -> None:
         metavar="ROOM=SPEC",
         help="detection=voc:DIR captioning=… wsol=… classification=… (default: scenes, the embedded world)",
     )
+    run.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="[WHERE.]FIELD=VALUE",
+        help="change a recipe field of every task, or of WHERE: a task, detection or pretrain (ssd300.lr=0.002 "
+        "pretrain.size=80)",
+    )
     run.add_argument("--recipe", help="recipe name: smoke, tiny, mini or paper (default: tiny)")
     run.add_argument("--seeds", type=int, help="fine-tuning seeds 0 … N−1 (default: 1)")
     run.add_argument(
@@ -229,6 +237,7 @@ def grid_of_arguments(args: argparse.Namespace) -> Grid:
     )
     given = {key: getattr(args, key) for key in (*keys, "slots", "backbones", "pretrain", "tasks")}
     given |= {"data": pairs("--data", args.data), "slurm": pairs("--slurm", args.slurm)}
+    given |= {"set": pairs("--set", args.set)}
     made = {key: value for key, value in given.items() if value is not None}
     if not args.grid:
         return grid_of(made)

@@ -69,7 +69,10 @@ class Pretraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is asked for. `backbones` are (group or "", specs); `data` maps rooms to specs."""
+    """What is asked for. `backbones` are (group or "", specs); `data` maps rooms to specs.
+
+    `set` maps recipe fields to values: `FIELD`, of every task, or `WHERE.FIELD`, WHERE a task, a room or `pretrain`.
+    """
 
     backbones: tuple[tuple[str, tuple[str, ...]], ...] = ()
     pretrain: tuple[Pretraining, ...] = ()
@@ -77,6 +80,7 @@ class Grid:
     pretrain_arch: str = ""
     tasks: tuple[str, ...] = ("all",)
     data: dict[str, str] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
     recipe: str = "tiny"
     out: Path = Path("results")
@@ -92,9 +96,19 @@ class Grid:
         recipe = (self.pretrain_recipe or self.recipe) if room == "classification" else self.recipe
         return self.data.get(room) or ("scenes:size=smoke" if recipe == "smoke" else "scenes")
 
+    def settings_of(self, task: str, more: Sequence[str] = ()) -> tuple[str, ...]:
+        """`field=value` of a task or of `pretrain`: those of every task, its room's, its own, `more`; a later wins."""
+        made: dict[str, str] = {}
+        for where in (task,) if task == "pretrain" else ("", TASKS[task].room, task):
+            prefix = f"{where}." if where else ""
+            made |= {k.removeprefix(prefix): v for k, v in self.set.items() if k.rpartition(".")[0] == where}
+        made |= dict(setting.split("=", 1) for setting in more)
+        return tuple(f"{name}={value}" for name, value in made.items())
+
 
 def read_grid(file: Path) -> Grid:
-    """A grid from TOML: the options of `backbench run` as keys, tables [backbones], [data], [pretrain], [slurm].
+    """A grid from TOML: the options of `backbench run` as keys, tables [backbones], [data], [set], [pretrain],
+    [slurm].
 
     Raises UserError naming the file and the key for anything unknown or misshapen.
     """
@@ -127,6 +141,8 @@ def grid_of(content: dict[str, Any]) -> Grid:
             value = [value]
         if wanted is tuple:
             value = _tuples(key, value)
+        elif key == "set" and isinstance(value, dict):
+            value = _flat(value)
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise UserError(f"{key} = {value!r}: a {wanted.__name__} is expected")
         made[key] = value
@@ -134,6 +150,10 @@ def grid_of(content: dict[str, Any]) -> Grid:
     for room in grid.data:
         if room not in ROOMS:
             raise UserError(f"data {room}: unknown; it is one of {', '.join(ROOMS)}")
+    for key in grid.set:
+        place = key.rpartition(".")[0]
+        if place not in ("", "pretrain", *TASKS, *(task.room for task in TASKS.values())):
+            raise UserError(f"set {key}: {place} is neither pretrain nor one of {', '.join(TASKS)}")
     for key, least in (("seeds", 1), ("limit", 0), ("slots", 1)):
         if getattr(grid, key) < least:
             raise UserError(f"{key} = {getattr(grid, key)}: at least {least} is needed")
@@ -156,6 +176,17 @@ def _tuples(key: str, value: Any) -> tuple:
     if key == "tasks" and isinstance(value, list | tuple):
         return tuple(map(str, value))
     raise UserError(f"{key} = {value!r}: a table or a list is expected")
+
+
+def _flat(table: dict[str, Any]) -> dict[str, str]:
+    """`[set.ssd300]` tables as `ssd300.lr`, values as `--set` reads them."""
+    made: dict[str, str] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            made |= {f"{key}.{name}": text for name, text in _flat(value).items()}
+        else:
+            made[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return made
 
 
 def parse_backbone(text: str) -> tuple[str, tuple[str, ...]]:
@@ -199,6 +230,7 @@ def plan_pretrainings(grid: Grid, facts: Facts) -> tuple[list[Job], list[Backbon
                     data=grid.data_of("classification"),
                     seed=seed,
                     limit=grid.limit,
+                    settings=grid.settings_of("pretrain"),
                 )
             )
             file = str(jobs[-1].writes)
@@ -207,13 +239,22 @@ def plan_pretrainings(grid: Grid, facts: Facts) -> tuple[list[Job], list[Backbon
 
 
 def pretrain_job(
-    method: str, folder: Path, *, recipe: str, arch: str, data: str, seed: int = 0, limit: int = 0
+    method: str,
+    folder: Path,
+    *,
+    recipe: str,
+    arch: str,
+    data: str,
+    seed: int = 0,
+    limit: int = 0,
+    settings: tuple[str, ...] = (),
 ) -> Job:
     """A pretraining into `folder`, whose backbone file is METHOD.pt."""
     command = ("pretrain.run", "--method", method, "--recipe", recipe, "--arch", arch)
     command += ("--data", data, "--out", str(folder))
     command += ("--seed", str(seed)) if seed else ()
     command += ("--limit", str(limit)) if limit else ()
+    command += tuple(part for setting in settings for part in ("--set", setting))
     return Job(
         f"pretrain/{folder.name}",
         command,
@@ -221,7 +262,7 @@ def pretrain_job(
         folder,
         model=arch,
         data=data,
-        recipe=("pretrain", arch, recipe, (), (f"method={method}",)),
+        recipe=("pretrain", arch, recipe, settings, (f"method={method}",)),
         writes=folder / f"{method}.pt",
         seed=seed,
         limit=limit,
@@ -268,13 +309,14 @@ def plan_tasks(
     swept: str = "",
     val_share: float = 0.0,
 ) -> list[Job]:
-    """One job a seed, backbone and task. `settings` are `field=value` for every cell.
+    """One job a seed, backbone and task. `settings` are `field=value` for every cell, beside the grid's own.
 
     With `swept` (FIELD=A,B,C) cells say that FIELD was chosen so; with `val_share` they are measured on held-out
     training images.
     """
     out, backbones = grid.out.absolute(), list(backbones)
-    recipes = {task: (TASKS[task].room, TASKS[task].model, grid.recipe, settings, ()) for task in tasks}
+    asked = {task: grid.settings_of(task, settings) for task in tasks}
+    recipes = {task: (TASKS[task].room, TASKS[task].model, grid.recipe, asked[task], ()) for task in tasks}
     labels = dict(zip(tasks, (found["label"] for found in facts.recipes(list(recipes.values())))))
     jobs: dict[str, Job] = {}
     for seed in range(grid.seeds):
@@ -291,8 +333,8 @@ def plan_tasks(
                     ("--swept", swept),
                 ):
                     command += (option, str(value)) if value else ()
-                command += tuple(part for setting in settings for part in ("--set", setting))
-                label = _cell_label(grid.recipe, labels[name], settings, swept, grid.limit, val_share)
+                command += tuple(part for setting in asked[name] for part in ("--set", setting))
+                label = _cell_label(grid.recipe, labels[name], swept, grid.limit, val_share)
                 place = facts.data(task.room, data, grid.limit)["name"]
                 path = Path(place, task.room, task.model, label, backbone.label, f"seed{seed}")
                 shown = f"{task.room}/{task.model}/{backbone.label}/seed{seed}"
@@ -318,9 +360,7 @@ def plan_tasks(
     return list(jobs.values())
 
 
-def _cell_label(
-    recipe: str, label: str, settings: Sequence[str], swept: str, limit: int, val_share: float
-) -> str:
+def _cell_label(recipe: str, label: str, swept: str, limit: int, val_share: float) -> str:
     """The recipe's part of a cell's path, as `common.transfer` and `Identity.path` write it."""
     if swept:
         field_name, _, values = swept.partition("=")
