@@ -302,7 +302,7 @@ def test_a_field_is_set_for_every_task_a_room_a_task_or_the_pretrainings(tmp_pat
     ]
     (pretraining,), _ = plan_pretrainings(grid, facts)
     assert pretraining.command[-2:] == ("--set", "size=48")
-    with pytest.raises(UserError, match="no field .rate"):
+    with pytest.raises(UserError, match="no field 'rate'"):
         plan_tasks(
             replace(grid, set={"wsol.rate": "1"}),
             name_group("", ["scratch:resnet18_half"], facts),
