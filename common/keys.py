@@ -68,7 +68,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def code_files(task: str) -> list[Path]:
     """The files that a task's cells are computed by: its own folder's and the ground floor's."""
-    room = {"classification": "pretrain"}.get(task, task)
+    room = {"classification": "pretrain", "robustness": "pretrain"}.get(task, task)
     shared = [
         p
         for p in sorted((ROOT / "common").rglob("*.py"))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from common.errors import UserError
 
 STAGES = ("train", "predict", "score")
-R = TypeVar("R", bound="Recipe")
+R = TypeVar("R", bound="Fields")
 
 
 def knob(default: Any, help: str, source: str, stage: str = "train", choices: tuple[str, ...] = ()) -> Any:
@@ -25,7 +25,26 @@ def knob(default: Any, help: str, source: str, stage: str = "train", choices: tu
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Fields:
+    """What every recipe is: fields made by `knob`."""
+
+    def stage_fields(self, stage: str) -> dict[str, Any]:
+        """The fields that belong to one stage's key, JSON-able."""
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["stage"] == stage
+        }
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    def check(self) -> None:
+        """Refuse what is not among a field's choices. Raises UserError naming the field."""
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value not in choices:
+                raise UserError(f"recipe: {field.name}={value}, choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Fields):
     """What every training has. Tasks extend it; a recipe is one instance."""
 
     epochs: float = knob(0.0, "length of training in passes over the data; 0: `iterations` counts", "P")
@@ -62,13 +81,6 @@ class Recipe:
         """`milestones` in iterations."""
         return [int(m) if self.iterations else round(m * images / self.batch) for m in self.milestones]
 
-    def stage_fields(self, stage: str) -> dict[str, Any]:
-        """The fields that belong to one stage's key, JSON-able."""
-        fields = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["stage"] == stage
-        }
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-
     def check(self) -> None:
         """Refuse what cannot be trained. Raises UserError naming the field."""
         if (self.epochs > 0) == (self.iterations > 0):
@@ -81,13 +93,10 @@ class Recipe:
             raise UserError(f"recipe: batch={self.batch} is no multiple of micro_batch={self.micro_batch}")
         if not self.lr > 0:
             raise UserError(f"recipe: lr={self.lr}, it must be above 0")
-        for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
-            if choices and value not in choices:
-                raise UserError(f"recipe: {field.name}={value}, choose one of {', '.join(choices)}")
+        super().check()
 
 
-def to_json(recipe: Recipe) -> dict[str, Any]:
+def to_json(recipe: Fields) -> dict[str, Any]:
     """All fields as plain JSON values."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe).items()}
 
@@ -129,7 +138,7 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
-def label(name: str, settings: list[str], recipe: Recipe) -> str:
+def label(name: str, settings: list[str], recipe: Fields) -> str:
     """A recipe's name in result paths: `paper`, or `paper+lr=0.01` when fields of training were set.
 
     Fields of later stages are left out: a new threshold scores the same run again, in the same folder.
@@ -138,7 +147,7 @@ def label(name: str, settings: list[str], recipe: Recipe) -> str:
     return "+".join([name, *sorted(s for s in settings if s.partition("=")[0] in train)]).replace("/", "_")
 
 
-def describe(recipes: dict[str, Recipe]) -> str:
+def describe(recipes: dict[str, Fields]) -> str:
     """The help text's table: every field, its value in each named recipe, its source and meaning."""
     first = next(iter(recipes.values()))
     lines = [f"recipe fields (--set field=value), their value in {' | '.join(recipes)}, [source], meaning:"]

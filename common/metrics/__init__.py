@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from common.metrics import captions, classification, detection, localisation
+from common.metrics import captions, classification, detection, localisation, robustness
 
 MODULES = {
     "classification": classification,
     "detection": detection,
     "captioning": captions,
     "wsol": localisation,
+    "robustness": robustness,
 }
 
 
