@@ -1,7 +1,6 @@
-"""Pictures of maps and boxes: heat over the image, boxes, captions, sheets; and curves as SVG."""
+"""Pictures of maps and boxes: heat over the image, boxes, captions, sheets."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import cv2
@@ -15,7 +14,6 @@ RED, GREEN = (230, 30, 30), (40, 220, 60)  # true box, found box: the paper's fi
 PAPER = 255  # background of a sheet
 SIDE = 224  # height of a picture on a sheet
 GAP, LINE = 6, 15  # pixels
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
@@ -90,40 +88,3 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
     if kind is None:
         raise UserError(f"{path}: pictures are written as .png or .jpg")
     write_atomic(path, lambda file: Image.fromarray(picture).save(file, kind, quality=90))
-
-
-def curve_svg(
-    title: str, across: str, series: Sequence[tuple[str, np.ndarray, np.ndarray]], mark: float | None = None
-) -> str:
-    """Curves (label, x, y), both in [0, 1], as one SVG text; `mark` is a dashed line at an x."""
-    width, height, left, top, bottom = 560, 320, 44, 40, 40
-    right = width - 10
-
-    def x(value: float) -> float:
-        return round(left + (right - left) * float(value), 1)
-
-    def y(value: float) -> float:
-        return round(height - bottom - (height - bottom - top) * float(value), 1)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><title>{escape(title)}</title><rect width="{width}" height="{height}" fill="#fff"/>'
-        f'<text x="{left}" y="16">{escape(title)}</text>'
-    ]
-    for tick in np.arange(0, 1.01, 0.2):
-        parts.append(f'<path d="M{left} {y(tick)}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{100 * tick:.0f}</text>')
-        parts.append(f'<text x="{x(tick)}" y="{height - bottom + 16}" text-anchor="middle">{tick:.1f}</text>')
-    parts.append(
-        f'<text x="{(left + right) / 2}" y="{height - 6}" text-anchor="middle">{escape(across)}</text>'
-    )
-    if mark is not None:
-        parts.append(f'<path d="M{x(mark)} {top}V{height - bottom}" stroke="#555" stroke-dasharray="4 3"/>')
-    place = left
-    for number, (label, xs, ys) in enumerate(series):
-        colour = COLOURS[number % len(COLOURS)]
-        points = " ".join(f"{x(a)},{y(b)}" for a, b in zip(xs, ys) if np.isfinite(b))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{place}" y="32" fill="{colour}">{escape(label)}</text>')
-        place += 7 * len(label) + 14
-    return "\n".join([*parts, "</svg>", ""])

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from common.cell import Run
+from common.curve_svg import curve_svg
 from common.data.types import ImageSet
 from common.engine import SPLIT, stream
 from common.files import write_text
@@ -22,7 +23,6 @@ from wsol.cam import ScoreMaps
 from wsol.choe2020 import Sweep, box_statistics, centred_box_accuracies, curves, pixel_truths, sweep_maps
 from wsol.drawing import draw_extremes
 from wsol.markdown import as_markdown
-from wsol.pictures import curve_svg
 from wsol.recipes import WSOLRecipe
 
 THRESHOLDS = np.arange(1, 20) / 20  # .05, .10 … .95: what a chosen threshold is chosen from
