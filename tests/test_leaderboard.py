@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -293,6 +295,39 @@ def test_latex_closes_what_it_opens_and_has_every_score(board):
     for row in board.rows:
         for column in board.columns:
             assert f"${100 * board.primary(row, column).score.value:.1f} \\pm" in table
+
+
+NASTY = r"100%_of #1 & ~^\{x}$ <y>|z"
+DOCUMENT = r"""\documentclass{article}
+\usepackage{booktabs,graphicx}
+\begin{document}
+\sloppy
+\input{methods}
+\input{table}
+\end{document}
+"""
+
+
+def test_latex_compiles_whatever_the_names_are_and_however_long_the_table_is(tmp_path, monkeypatch):
+    """pdfLaTeX with no more than the packages that the table names: no error, nothing wider or higher than the page."""
+    if shutil.which("pdflatex") is None:
+        why = "no pdflatex (apt-get install texlive-latex-base texlive-latex-recommended)"
+        pytest.fail(why) if os.environ.get("BACKBENCH_CI") == "1" else pytest.skip(why)
+    for number, name in enumerate(("baseline", NASTY, *(f"method_{n}" for n in range(20)))):
+        monkeypatch.setitem(SKILL, name, 0.5)
+        label = "paper+aug=ssd_pytorch+lr=best_of_0.1,0.01"
+        for task, model in MODELS if number < 2 else MODELS[:1]:
+            write_cell(tmp_path / "cells", task, model, backbone(name), label=label, data="voc-VOC2007+2012")
+    board = make_board(load_cells(tmp_path / "cells"), replicates=50)
+    (tmp_path / "table.tex").write_text(board_latex(board), encoding="utf-8")
+    (tmp_path / "methods.tex").write_text(methods_latex(board), encoding="utf-8")
+    (tmp_path / "document.tex").write_text(DOCUMENT)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", "document.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+    said = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, said[-2000:]
+    assert board_latex(board).count(r"\begin{table}") == 2
+    assert not re.search(r"Overfull \\hbox|Float too large|Missing character", said), said
 
 
 def test_the_methods_say_what_the_recipes_say(board):

@@ -37,8 +37,7 @@ def loss_curve(rows: Rows, column: Column) -> Markup | None:
 
 
 def error_curves(rows: Rows, column: Column) -> list[tuple[str, Markup]]:
-    """What was measured while training: a chart a metric, in per cent; top-1 and top-5 as errors (the paper's "
-    "Figure 2).
+    """What was measured while training: a chart a metric, in per cent; top-1 and top-5 as errors, the paper's Figure 2.
 
     Only runs that evaluated more than once have one.
     """

@@ -1,5 +1,4 @@
-"""One offline HTML file about a folder of cells: the board, its pictures, curves, costs and where all of it is "
-"from."""
+"""One offline HTML file about a folder of cells: the board, its pictures, curves, costs, and where all is from."""
 
 import json
 from pathlib import Path

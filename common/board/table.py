@@ -1,5 +1,4 @@
-"""The board as terminal text, Markdown, CSV and JSON. Scores are shown × 100, as in the paper (CIDEr 77.6 is "
-".776)."""
+"""The board as terminal text, Markdown, CSV and JSON. Scores are shown × 100, as in the paper (CIDEr 77.6 is .776)."""
 
 import csv
 import io
@@ -10,7 +9,7 @@ from typing import Any
 
 from common.board.columns import Column
 from common.board.leaderboard import Board, Measure, Row, baseline_of, make_board
-from common.board.statistics import CONFIDENCE, IMAGES, MOST_SEEDS, POWER, Difference, Score
+from common.board.statistics import CONFIDENCE, IMAGES, LEVELS, MOST_SEEDS, POWER, Difference, Score
 
 __all__ = ["board_csv", "board_json", "board_markdown", "board_text", "make_board"]
 
@@ -66,7 +65,7 @@ def levels(board: Board) -> list[str]:
     }
     return [
         f"{name} ({_count(seeds, 'run')}, {_count(pretrainings, 'pretraining')})"
-        for name, seeds, pretrainings in sorted(found, key=lambda item: item[1])
+        for name, seeds, pretrainings in sorted(found, key=lambda item: (LEVELS.index(item[0]), *item[1:]))
     ]
 
 
@@ -201,8 +200,7 @@ def method_line(board: Board) -> str:
     """How intervals were made, in one paragraph."""
     return (
         f"Intervals: {100 * CONFIDENCE:.0f} %, estimate ± t · standard error, Satterthwaite's degrees of "
-        f"freedom, but "
-        "never shorter than the interval of the runs alone. Test images: "
+        "freedom, but never shorter than the interval of the runs alone. Test images: "
         f"{board.replicates} bootstrap draws, the same for every backbone of a column, which pairs the differences. "
         "Runs: the spread of seeds (of pretrainings from three on) less what it shares with the images. CIDEr keeps "
         "its document frequencies. A rank's draws: the same resampled images for all rows, and chance in "

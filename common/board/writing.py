@@ -1,10 +1,11 @@
 """For a paper: the methods paragraph, written from the cells' recipes and provenance, and the table in LaTeX."""
 
+import re
 from collections.abc import Sequence
 
 from common.board.cells import Cell
 from common.board.columns import Column
-from common.board.leaderboard import Board, Measure
+from common.board.leaderboard import Board, Measure, Row
 from common.board.statistics import CONFIDENCE, POWER
 from common.board.table import baseline_names, excludes_zero, half_width, known_range, levels, percent, signed
 from common.errors import UserError
@@ -19,7 +20,10 @@ SPECIAL |= {
     "τ": r"$\tau$",
     "→": r"$\to$",
 }
-SPECIAL |= {"·": r"$\cdot$", "²": "$^2$", "≥": r"$\geq$", "–": "--"}
+SPECIAL |= {"·": r"$\cdot$", "²": "$^2$", "≥": r"$\geq$", "≤": r"$\leq$", "λ": r"$\lambda$", "–": "--"}
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''"}  # OT1 prints others
+LONG = re.compile(r"(?<=[+_/=,])(?=\w)")  # where a long name may be broken
+ROWS_A_TABLE = 16  # with their differences, a page
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
 
@@ -34,8 +38,13 @@ def methods_markdown(board: Board) -> str:
 
 
 def methods_latex(board: Board) -> str:
-    """`methods_markdown` as LaTeX."""
-    return "\n\n".join(map(escape, _paragraphs(board))) + "\n"
+    """`methods_markdown` as LaTeX; long names of recipes and data may be broken."""
+    words = (
+        r"\allowbreak{}".join(map(escape, LONG.split(word))) if len(word) > 15 else escape(word)
+        for text in _paragraphs(board)
+        for word in [*text.split(" "), "\n\n"]
+    )
+    return " ".join(words).replace(" \n\n ", "\n\n").strip() + "\n"
 
 
 def methods(board: Board, suffix: str) -> str:
@@ -55,21 +64,17 @@ def _paragraphs(board: Board) -> list[str]:
     ]
     statistics = (
         f"Intervals are at {100 * CONFIDENCE:.0f} %. The variance of a score has parts for the test images (by "
-        f"{board.replicates} bootstrap draws of the images) and for the runs (by their spread, which holds what "
-        f"seed and "
-        "image share); the interval is Student's t with Satterthwaite's degrees of freedom, but never shorter "
-        "than that of "
-        "the runs alone. Average precision is resampled by re-weighting the matches, BLEU and METEOR by their "
-        "counts, CIDEr "
-        "as the mean of its values by image at fixed document frequencies."
+        f"{board.replicates} bootstrap draws of the images) and for the runs (by their spread; what of the images' "
+        "part differs from run to run counts once); the interval is Student's t with Satterthwaite's degrees of "
+        "freedom, but never shorter than that of the runs alone. Average precision is resampled by re-weighting the "
+        "matches, BLEU and METEOR by their counts, CIDEr as the mean of its values by image at fixed document "
+        "frequencies."
     )
     if compared:
         statistics += (
-            f" Differences to {board.baseline} ({', '.join(compared)}) are paired by test image and, where both "
-            f"have the "
-            "same seeds, by seed; p-values are corrected over the tasks by Holm's method, and the smallest "
-            "detectable "
-            f"difference is at {100 * POWER:.0f} % power."
+            f" Differences to {board.baseline} ({', '.join(compared)}) are paired by test image and, where both have "
+            "the same seeds, by seed; p-values are corrected over the tasks by Holm's method, and the smallest "
+            f"detectable difference is at {100 * POWER:.0f} % power."
         )
     claims = levels(board)
     if claims:
@@ -98,8 +103,7 @@ def _column(board: Board, column: Column) -> str:
     )
     return (
         f"{start} by the recipe {column.recipe}{limit}: {_training(cells, recipe)}. {seeds} The last step was "
-        f"scored by "
-        f"{', '.join(column.metrics)} on {column.images} test images{left_out}."
+        f"scored by {', '.join(column.metrics)} on {column.images} test images{left_out}."
     )
 
 
@@ -171,32 +175,45 @@ def _software(board: Board) -> str:
 
 
 def board_latex(board: Board) -> str:
-    """The leaderboard as a booktabs table: score ± half interval, below it the paired difference."""
+    """The leaderboard as booktabs tables: score ± half interval, below it the paired difference.
+
+    A table wider than the line is scaled to it; one of more than 16 rows goes on in another.
+    """
+    rows = board.rows
+    parts = [rows[start : start + ROWS_A_TABLE] for start in range(0, len(rows), ROWS_A_TABLE)]
+    tables = [_table(board, part, number) for number, part in enumerate(parts)]
+    return "% needs \\usepackage{booktabs,graphicx}\n" + "\n".join(tables)
+
+
+def _table(board: Board, rows: Sequence[Row], number: int) -> str:
     columns = board.columns
     head = " & ".join(["", *(escape(c.label) for c in columns)]) + r" \\"
     detail = " & ".join(["", *(escape(c.detail.replace(" · ", ", ")) for c in columns)]) + r" \\"
     lines = [
-        r"\begin{table}",
-        r"\centering",
+        *(r"\begin{table}", r"\centering"),
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         r"\begin{tabular}{l" + "r" * len(columns) + "}",
         *(r"\toprule", head, detail, r"\midrule"),
     ]
-    for row in board.rows:
+    for row in rows:
         measures = [board.primary(row, c) for c in columns]
         lines.append(" & ".join([escape(row.label), *map(_score, measures)]) + r" \\")
         if any(m.difference for m in measures):
             lines.append(" & ".join([r"\quad difference", *map(_difference, measures)]) + r" \\")
     lines.append(r"\midrule")
     for name in ("chance", *baseline_names(board)):
-        lines.append(" & ".join([name, *(escape(known_range(board, c, name)) for c in columns)]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_caption(board)}}}", r"\end{table}"]
+        known = (escape(known_range(board, c, name)) for c in columns)
+        lines.append(" & ".join([escape(name), *known]) + r" \\")
+    caption = _caption(board) if not number else f"Table continued ({number + 1})."
+    lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{caption}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 
 def _score(measure: Measure) -> str:
     if measure.score is None:
         return "--" if measure.reason == "not run" else "n/a"
-    return f"${percent(measure.score.value)} \\pm {percent(half_width(measure.score))}$"
+    mark = r"^{\dagger}" if measure.above_chance is False else ""
+    return f"${percent(measure.score.value)} \\pm {percent(half_width(measure.score))}{mark}$"
 
 
 def _difference(measure: Measure) -> str:
@@ -210,8 +227,9 @@ def _difference(measure: Measure) -> str:
 
 def _caption(board: Board) -> str:
     text = (
-        f"Scores × 100 ± half of the {100 * CONFIDENCE:.0f} % interval; paired differences to {board.baseline}, "
-        f"bold where "
-        f"the interval excludes 0. Claims are about: {'; '.join(levels(board)) or 'nothing yet'}."
+        f"Scores × 100 ± half of the {100 * CONFIDENCE:.0f} % interval; paired differences to {board.baseline}, bold "
+        f"where the interval excludes 0. Claims are about: {'; '.join(levels(board)) or 'nothing yet'}."
     )
-    return escape(text + (f" {board.notes[0]}" if board.machinery else ""))
+    text = escape(text + (f" {board.notes[0]}" if board.machinery else ""))
+    marked = any(board.primary(r, c).above_chance is False for r in board.rows for c in board.columns)
+    return text + (r" $\dagger$: the interval does not lie above chance." if marked else "")
