@@ -133,7 +133,7 @@ def start(job: Job, records: Path, place: dict[str, str], **facts: Any) -> Runni
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the grid alone, which asks its cells to save
-            preexec_fn=_die_with_parent,
+            preexec_fn=_in_child,
         )
     write_record(records, job, "running", pid=process.pid, **facts)
     return Running(job, process, log, time.monotonic(), place)
@@ -211,8 +211,12 @@ def _stop(running: list[Running], patience: float = 120.0) -> None:
             cell.process.wait()
 
 
-def _die_with_parent() -> None:
-    """In the child: be killed when the parent dies, or a killed grid would leave a cell at work behind it (Linux)."""
+def _in_child() -> None:
+    """Be killed when the parent dies, or a killed grid would leave a cell at work behind it (Linux); ignore SIGUSR2.
+
+    That is SLURM's warning before a time limit, given to every process of a job: the parent asks the cell to save.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -4,6 +4,7 @@ Nothing is asked of SLURM's accounting (many clusters, and the one of the tests,
 how it ended, and squeue whether a job without one is still there.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -57,8 +58,11 @@ class CellTask:
         from submitit.helpers import DelayedSubmission
 
         if _at_work:
-            _at_work[-1].process.send_signal(signal.SIGTERM)
-            _at_work[-1].process.wait()
+            process = _at_work[-1].process
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(ChildProcessError):  # it has ended, and `_once` knows
+                # not process.wait(): the call that this signal interrupts holds its lock
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(self)
 
     def _once(self, job: Job, facts: dict[str, Any]) -> int:
@@ -106,9 +110,9 @@ def run_slurm(
                         waiting.append(replace(job, restart=False))
                         display.line(f"{job.name}: its SLURM job vanished; submitted once more")
                         continue
-                    outcomes.append(
-                        replace(outcome, state={"vanished": "failed"}.get(outcome.state, outcome.state))
-                    )
+                    if outcome.state == "vanished":
+                        outcome = replace(outcome, state="failed")
+                    outcomes.append(outcome)
                     display.line(f"{job.name}: {outcome.state} ({outcome.seconds:.0f} s)")
                 ready = _ready(waiting, submitted, records, is_done, outcomes, tries)
                 for job in ready:

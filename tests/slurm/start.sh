@@ -14,7 +14,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CryptoType=crypto/munge
 SlurmctldPort=26817
 SlurmdPort=26818
