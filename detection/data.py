@@ -22,6 +22,22 @@ READERS = 4  # threads that decode
 MOST_WORKERS = 16  # loader processes beside a GPU
 
 
+def class_notes(train_set: DetectionSet, test_set: DetectionSet) -> list[str]:
+    """Lines on classes of which only one of the two sets has objects, as a misspelt name has."""
+    trained = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.classes)) > 0
+    counted = np.concatenate(test_set.labels)[~np.concatenate(test_set.difficult)]
+    tested = np.bincount(counted, minlength=len(test_set.classes)) > 0
+    rules = {
+        "without a training object: its AP can only be 0": tested & ~trained,
+        "without a test object that counts: left out of the mean": trained & ~tested,
+    }
+    return [
+        f"{fired.sum()} × class {rule} (first: {test_set.classes[int(fired.argmax())]})"
+        for rule, fired in rules.items()
+        if fired.any()
+    ]
+
+
 class Pictures:
     """Decoded images by index, uint8 (H, W, 3); kept in memory where they are few and each is needed twice."""
 

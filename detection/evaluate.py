@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from common.data.coco import read_instances
-from common.data.layout import Report, read_lines
+from common.data.layout import Report
 from common.data.spec import DataSpec
 from common.data.types import DetectionSet
 from common.data.voc import read_voc
@@ -35,7 +35,7 @@ from common.files import write_json
 from common.metrics import coco
 from common.metrics.average_precision import PRESETS, Boxes, match
 from detection.curves import curves
-from detection.results import image_index, read_results
+from detection.results import read_results, read_voc_results
 from detection.scores import IOU, by_size, fraction, per_class, percent, scores, table_lines, truth_of
 
 
@@ -75,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data: {line}", file=sys.stderr)
     print("\n".join(summary_lines(result)))
     if args.json:
-        write_json(args.json, result)
+        try:
+            write_json(args.json.expanduser(), result)
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from None
     return 0
 
 
@@ -191,48 +194,6 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         if name in result:
             lines.append(f"{name}: {', '.join(f'{k} {percent(v)}' for k, v in result[name].items())}")
     return lines
-
-
-def read_voc_results(folder: Path, split: str, ids: Sequence, classes: Sequence[str]) -> Boxes:
-    """Read `comp3_det_SPLIT_CLASS.txt` (any comp number) of every class; corners become half-open, from 0.
-
-    A class without a file has no detections, said on stderr. Raises UserError when no class has one, when a
-    class has two, and for a line that cannot be read or names an unknown image.
-    """
-    index, rows, labels, missing = image_index(ids), [], [], []
-    for c, name in enumerate(classes):
-        files = sorted(path for path in folder.iterdir() if path.name.endswith(f"_det_{split}_{name}.txt"))
-        if len(files) > 1:
-            raise UserError(
-                f"{folder}: {files[0].name} and {files[1].name} are both of class {name}; leave one"
-            )
-        if not files:
-            missing.append(name)
-            continue
-        for number, line in enumerate(read_lines(files[0]), 1):
-            if line:
-                rows.append(_row(line, index, f"{files[0]} line {number}"))
-                labels.append(c)
-    if len(missing) == len(classes):
-        raise UserError(f"{folder}: no file comp3_det_{split}_CLASS.txt of a class of {', '.join(classes)}")
-    if missing:
-        print(f"no file, so no detections, of {', '.join(missing)}", file=sys.stderr)
-    values = np.array(rows, np.float64).reshape(-1, 6)
-    box = values[:, 2:] - [1, 1, 0, 0]
-    return Boxes(values[:, 0].astype(np.int64), np.array(labels, np.int64), box, values[:, 1])
-
-
-def _row(line: str, index: dict[str | int, int], where: str) -> list[float]:
-    parts = line.split()
-    try:
-        image, numbers = index[parts[0]], [float(part) for part in parts[1:]]
-    except KeyError:
-        raise UserError(f"{where}: image '{parts[0]}' is not in the split") from None
-    except ValueError:
-        numbers = []
-    if len(numbers) != 5 or not np.isfinite(numbers).all():
-        raise UserError(f"{where}: '{line[:60]}' is not \"image score xmin ymin xmax ymax\"")
-    return [image, *numbers]
 
 
 if __name__ == "__main__":

@@ -157,9 +157,22 @@ class FasterRCNN(nn.Module):
         return self.roi.box_head(regions)
 
 
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Let every batch norm that trains share its statistics among the processes, in place; the frozen ones stay.
+
+    Parameters and the state dict's keys stay the same. Training then needs a GPU in every process (SyncBatchNorm).
+    """
+    model.train()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and child.training:
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+
+
 def parameter_groups(model: nn.Module, decay_biases: bool = False) -> list[dict]:
     """Parameter groups in which batch norm's scales and shifts and, unless asked for, biases are not decayed."""
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    norms = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     plain = {id(p) for p in trained if p.ndim <= 1 and (id(p) in norms or not decay_biases)}
     return [

@@ -28,14 +28,14 @@ from common.backbone import Backbone
 from common.cell import Run
 from common.data import DetectionSet, open_detection
 from common.data.thumbnails import write_thumbnails
-from common.engine import INIT, is_main, torch_seed, train
+from common.engine import INIT, is_main, torch_seed, train, world
 from common.errors import UserError, run_main
 from common.recipe import describe, engine_options, override
 from common.transfer import open_transfer, transfer_parser
 from detection.build import make_model, write_facts
-from detection.data import TrainViews
+from detection.data import TrainViews, class_notes
 from detection.detect import predict
-from detection.faster_rcnn import FasterRCNN, parameter_groups
+from detection.faster_rcnn import FasterRCNN, parameter_groups, synchronise_batch_norm
 from detection.recipes import RECIPES, DetectionRecipe, FasterRCNNRecipe, SSDRecipe
 from detection.report import finish
 from detection.results import write_results
@@ -52,24 +52,27 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "--compile: Faster R-CNN's shapes change from image to image; leave it out, or use ssd300"
         )
+    if args.recipe not in RECIPES[args.detector]:
+        raise UserError(f"--recipe {args.recipe}: {args.detector} has {', '.join(RECIPES[args.detector])}")
     named = RECIPES[args.detector][args.recipe]
     recipe, line = scale_rate(named, override(named, args.set), args.set)
     opened = open_transfer(
         args, task=TASK, model=args.detector, recipe=recipe, settings=args.set, reader=open_detection
     )
     run, backbone, train_set, test_set = opened.run, opened.backbone, opened.train_set, opened.test_set
-    if line:
-        run.note(line)
-        if is_main():
-            print(line)
+    for text in [*class_notes(train_set, test_set), *([line] if line else [])]:
+        run.note(text)
     if args.eval_only and not (run.folder / "weights.pt").exists():
         raise UserError(f"--eval-only: {run.folder} holds no finished training; run without it first")
     if run.finished and not args.eval_only:
         return 0
     device = opened.device
     torch.manual_seed(torch_seed(INIT, args.seed))
-    model = build(backbone, recipe, len(train_set.classes), run)
+    model = build(backbone, recipe, len(train_set.classes), run, device)
     if is_main():
+        for note in run.notes:
+            if not note.startswith("backbone: "):  # said already
+                print(f"note: {note}")
         facts = (args.detector, backbone.arch, train_set.classes, backbone.mean, backbone.std, recipe)
         write_facts(run.folder, *facts)
     cost = train(
@@ -105,7 +108,8 @@ def arguments():
         "voc:VOCDEVKIT[,year=2007+2012], voc:DIR with JPEGImages, Annotations and ImageSets, "
         "coco:images=DIR,train=A.json,val=B.json"
     )
-    made = transfer_parser(__doc__, RECIPES["ssd300"], data_help)
+    names = [name for recipes in RECIPES.values() for name in recipes]
+    made = transfer_parser(__doc__, dict.fromkeys(names, RECIPES["ssd300"]["tiny"]), data_help)
     made.epilog = "\n\n".join(f"{name}: {describe(recipes)}" for name, recipes in RECIPES.items())
     made.add_argument("--detector", default="ssd300", choices=list(RECIPES), help="(default: ssd300)")
     made.add_argument(
@@ -147,8 +151,13 @@ def evaluation(test_set: DetectionSet, recipe: DetectionRecipe, device: torch.de
     return evaluate
 
 
-def build(backbone: Backbone, recipe: DetectionRecipe, classes: int, run: Run) -> SSD300 | FasterRCNN:
-    """The detector on the backbone's trunk, frozen as the recipe says; nothing is frozen of random weights."""
+def build(
+    backbone: Backbone, recipe: DetectionRecipe, classes: int, run: Run, device: torch.device
+) -> SSD300 | FasterRCNN:
+    """The detector on the backbone's trunk, frozen as the recipe says; nothing is frozen of random weights.
+
+    With `head_bn` batch norm is synchronised among processes on GPUs, and it is noted how many images it sees.
+    """
     trunk = backbone.trunk
     if not backbone.scratch:
         trunk.freeze(None if recipe.freeze == "none" else recipe.freeze)
@@ -159,7 +168,18 @@ def build(backbone: Backbone, recipe: DetectionRecipe, classes: int, run: Run) -
             f"scratch: nothing is frozen and batch norm trains (the recipe freezes up to {recipe.freeze}"
             f"{' and all batch norm' if recipe.freeze_bn else ''}); no paired claim"
         )
-    return make_model(trunk, recipe, classes, backbone.mean, backbone.std)
+    model = make_model(trunk, recipe, classes, backbone.mean, backbone.std)
+    if isinstance(recipe, FasterRCNNRecipe) and recipe.head_bn:
+        seen = recipe.micro_batch or recipe.batch
+        if device.type == "cuda" and world() > 1:
+            synchronise_batch_norm(model)
+            seen *= world()
+        if seen < recipe.batch:
+            run.note(
+                f"batch norm sees {seen} images at once, not the {recipe.batch} of a batch as the protocol's "
+                "synchronised one does: gradients are accumulated, statistics are not"
+            )
+    return model
 
 
 def ssd_step(recipe: SSDRecipe):

@@ -3,9 +3,9 @@
     python detection/predict.py --run results/VOC/detection/ssd300/paper/cutmix/seed0 photo.jpg holiday/ --out found
 
 RUN is the folder of a finished detection/finetune.py: weights.pt and model.json (architecture, classes, normalisation,
-recipe) are read, nothing else. A folder stands for the pictures directly in it. OUT gets one picture with boxes for
-each, and detections.json: a list of {"image", "width", "height", "drawn", "objects": [{"class", "score", "box"}]}, best
-first, boxes as x0, y0, x1, y1 in pixels of the upright picture.
+recipe) are read, nothing else. A folder stands for the pictures directly in it that can be read. OUT gets one
+picture with boxes for each, and detections.json: a list of {"image", "width", "height", "drawn", "objects": [{"class",
+"score", "box"}]}, best first, boxes as x0, y0, x1, y1 in pixels of the upright picture.
 """
 
 if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
@@ -20,6 +20,7 @@ import common  # noqa: F401  first, before torch
 
 import argparse
 import colorsys
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from common.data.check import check_images
 from common.data.decode import read_headers, read_rgb
 from common.data.pictures import find_pictures, picture_names, write_jpeg
 from common.data.types import DetectionSet
@@ -83,13 +85,18 @@ def arguments() -> argparse.ArgumentParser:
 def open_pictures(given: Sequence[Path], classes: Sequence[str]) -> DetectionSet:
     """Pictures and the pictures in folders, in order, as a set without objects; `ids` are file names to draw into.
 
-    Raises UserError for a path that is not there, a folder without pictures, and a file that is no picture.
+    Raises UserError for a path that is not there, a folder without pictures, and a named file that cannot be read;
+    those of a folder that cannot are left out, said on stderr.
     """
     paths = find_pictures(given)
+    bad = [paths[i] for i in check_images(paths, skip_bad=True)]
+    named = {path.expanduser() for path in given}
+    for path in bad:
+        if path in named or len(bad) == len(paths):
+            raise UserError(f"{path}: not a readable image, or cut short; leave it out")
+        print(f"left out: {path}: not a readable image, or cut short", file=sys.stderr)
+    paths = [path for path in paths if path not in bad]
     headers = read_headers(paths)
-    for path, (width, _, _) in zip(paths, headers):
-        if not width:
-            raise UserError(f"{path}: not a readable image; leave it out")
     turned = headers[:, 2:] >= 5
     none = np.zeros(0, np.int64)
     return DetectionSet(

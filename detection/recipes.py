@@ -3,8 +3,10 @@
 `paper`, VOC07+12 → VOC07 test, mAP of ResNet-50 with baseline, Mixup, Cutout, CutMix (one run each; ±1.4 between
 two runs of one configuration): ssd300 76.7, 76.6, 76.8, 77.6; faster_rcnn 75.6, 73.9, 75.0, 76.7.
 `c4_moco`, the field's transfer protocol, VOC07+12 → VOC07 test, supervised ResNet-50: AP50 81.3, AP 53.5, AP75 58.8
-(SD .2, .2, .4). Its synchronised batch norm is here the batch norm of a micro-batch: on one device that of all 16
-images. Not reproduced: its re-estimated statistics before the test, half-pixel RoIAlign, and an L1 proposal loss.
+(SD .2, .2, .4). Its batch norm is synchronised: under torchrun on GPUs that of all processes' micro-batches (8 GPUs:
+--set micro_batch=2); in one process that of its micro-batch, all 16 images. Gradients accumulated over smaller ones are
+not the same; the run notes it. Not reproduced: its re-estimated statistics before the test, half-pixel RoIAlign, and an
+L1 proposal loss.
 `fpn` has the parts and test settings of torchvision's Faster R-CNN and detectron2's VOC schedule. `torchvision` is its
 reference training of SSD300, 120 epochs. No figure of these three is known for this code.
 `tiny`: the embedded world, about 40 CPU seconds a training; mAP of a backbone with top-1 .67: ssd300 .62,
@@ -100,7 +102,12 @@ class FasterRCNNRecipe(DetectionRecipe):
     )
     roi_size: int = knob(7, "RoIAlign's output side, the input of the head", "B")
     sampling: int = knob(2, "RoIAlign's samples a cell and side; 0: as many as pixels", "X")
-    head_bn: bool = knob(False, "c4: one more batch norm behind layer4, as in the MoCo protocol", "B")
+    head_bn: bool = knob(
+        False,
+        "c4: one more batch norm behind layer4, as in the MoCo protocol; then batch norm sees the micro-batches of all "
+        "GPUs at once (SyncBN), in one process its own micro-batch alone",
+        "B",
+    )
     fpn_width: int = knob(256, "fpn: channels of the pyramid", "X")
     head_width: int = knob(1024, "fpn: width of the head's two layers", "X")
     decay_biases: bool = knob(False, "weight decay on biases too; never on batch norm", "B")

@@ -1,14 +1,18 @@
-"""COCO result JSON: the file detections are kept in."""
+"""Result files: COCO result JSON, in which a run keeps its detections, and VOC's text files, one a class."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from common.data.layout import found, read_lines
 from common.errors import UserError
 from common.files import read_json, write_text
 from common.metrics.average_precision import Boxes
+
+FORM = '{"image_id", "category_id", "bbox": [x, y, width, height], "score"}'
 
 
 def write_results(path: Path, found: Boxes, ids: Sequence, categories: Sequence[int] | None = None) -> None:
@@ -47,24 +51,22 @@ def read_results(path: Path, ids: Sequence, classes: int, categories: Sequence[i
     label_of = {category: c for c, category in enumerate(known)}
     for k, entry in enumerate(entries):
         try:
-            image[k] = index[entry["image_id"]]
+            image[k] = index.get(entry["image_id"], -1)
             label[k] = label_of.get(entry["category_id"], -1)
-            box[k], score[k] = entry["bbox"], entry["score"]
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"image or key {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(
-                f"{path}: detection {k + 1}: {what}; each is "
-                '{"image_id", "category_id", "bbox": [x, y, width, height], "score"} of an image of this set'
-            ) from None
-    bad = ~np.isfinite(np.column_stack([box, score])).all(1) | (box[:, 2:] < 0).any(1)
-    bad |= label < 0
-    if bad.any():
-        k = int(bad.argmax())
-        named = f"1 to {classes}" if categories is None else f"one of {', '.join(map(str, categories))}"
-        raise UserError(
-            f"{path}: detection {k + 1}: {entries[k]}; category_id is {named}, numbers are finite, "
-            "width and height not negative"
-        )
+            x, y, width, height = entry["bbox"]
+            box[k], score[k] = (x, y, width, height), entry["score"]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise UserError(f"{path}: detection {k + 1}: {str(entry)[:200]}; each is {FORM}") from None
+    named = f"1 to {classes}" if categories is None else f"one of {', '.join(map(str, categories))}"
+    for rule, bad in (
+        (f"image_id is none of the {len(ids)} images of this set, e.g. {ids[0]!r}", image < 0),
+        (f"category_id is {named}", label < 0),
+        ("bbox and score are finite numbers", ~np.isfinite(np.column_stack([box, score])).all(1)),
+        ("width and height are not negative", (box[:, 2:] < 0).any(1)),
+    ):
+        if bad.any():
+            k = int(bad.argmax())
+            raise UserError(f"{path}: detection {k + 1}: {str(entries[k])[:200]}; {rule}")
     box[:, 2:] += box[:, :2]
     return Boxes(image, label, box, score)
 
@@ -76,3 +78,53 @@ def image_index(ids: Sequence) -> dict[str | int, int]:
     if all(numbers) and len({int(n) for n in numbers}) == len(ids):
         index |= {int(n): k for k, n in enumerate(numbers)}
     return index | {str(i): k for k, i in enumerate(ids)}
+
+
+def read_voc_results(folder: Path, split: str, ids: Sequence, classes: Sequence[str]) -> Boxes:
+    """Read `comp3_det_SPLIT_CLASS.txt` (any comp number) of every class; corners become half-open, from 0.
+
+    A class without a file has no detections, said on stderr; so are boxes that seem to count from 0. Raises UserError
+    when no class has a file, when a class has two, and for a line that cannot be read, names an unknown image, or
+    has a corner on the wrong side.
+    """
+    index, rows, labels, missing = image_index(ids), [], [], []
+    for c, name in enumerate(classes):
+        files = sorted(path for path in folder.iterdir() if path.name.endswith(f"_det_{split}_{name}.txt"))
+        if len(files) > 1:
+            raise UserError(
+                f"{folder}: {files[0].name} and {files[1].name} are both of class {name}; leave one"
+            )
+        if not files:
+            missing.append(name)
+            continue
+        for number, line in enumerate(read_lines(files[0]), 1):
+            if line:
+                rows.append(_row(line, index, f"{files[0]} line {number}"))
+                labels.append(c)
+    if len(missing) == len(classes):
+        raise UserError(
+            f"{folder}: no comp3_det_{split}_CLASS.txt of a class of {', '.join(classes)} ({found(folder)})"
+        )
+    if missing:
+        print(f"no file, so no detections, of {', '.join(missing)}", file=sys.stderr)
+    values = np.array(rows, np.float64).reshape(-1, 6)
+    if len(values) and 0 <= values[:, 2:4].min() < 1:  # unclipped boxes have negative corners
+        count = int((values[:, 2:4] < 1).any(1).sum())
+        print(f"{count} boxes begin before pixel 1, from which VOC counts; are all from 0?", file=sys.stderr)
+    box = values[:, 2:] - [1, 1, 0, 0]
+    return Boxes(values[:, 0].astype(np.int64), np.array(labels, np.int64), box, values[:, 1])
+
+
+def _row(line: str, index: dict[str | int, int], where: str) -> list[float]:
+    parts = line.split()
+    try:
+        score, x0, y0, x1, y1 = (float(part) for part in parts[1:])
+    except ValueError:
+        score = x0 = y0 = x1 = y1 = np.nan
+    if not np.isfinite([score, x0, y0, x1, y1]).all():
+        raise UserError(f"{where}: '{line[:60]}' is not \"image score xmin ymin xmax ymax\"")
+    if parts[0] not in index:
+        raise UserError(f"{where}: image '{parts[0]}' is not in the split")
+    if min(x1 - x0, y1 - y0) < -1 - 1e-6:  # inclusive: a box of width 0 ends a pixel before its beginning
+        raise UserError(f"{where}: '{line[:60]}': xmax or ymax lies before xmin or ymin")
+    return [index[parts[0]], score, x0, y0, x1, y1]

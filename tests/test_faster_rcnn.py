@@ -1,5 +1,7 @@
 """Faster R-CNN with either neck against torchvision's, and its parameter groups."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFa
 from torchvision.ops import MultiScaleRoIAlign
 
 from common.trunk import Trunk, normalise
-from detection.faster_rcnn import FasterRCNN, parameter_groups
+from detection.faster_rcnn import FasterRCNN, parameter_groups, synchronise_batch_norm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FRCNN = {"anchors": (32, 64), "roi_size": 5, "rpn_batch": 32, "roi_batch": 16, "top": 20, "score": 0.05}
@@ -223,6 +225,34 @@ class TestFasterRCNN:
         assert len(decayed["params"]) + len(plain["params"]) == len(trained)
         biases = [p for name, p in model.named_parameters() if name.endswith("bias") and p.requires_grad]
         assert {id(p) for p in biases} <= {id(p) for p in plain["params"]}
+
+    def test_synchronised_batch_norm(self):
+        """Shared where it trains, with the same parameters, keys, groups and, in one process, the same numbers."""
+        model = FasterRCNN(half_trunk(), 3, MEAN, STD, head_bn=True, **FRCNN)
+        model.trunk.freeze("layer1")
+        keys = list(model.state_dict())
+        plain = copy.deepcopy(model).train()
+        before = [[id(p) for p in group["params"]] for group in parameter_groups(model, decay_biases=True)]
+        synchronise_batch_norm(model)
+        norms = {
+            name: type(m)
+            for name, m in model.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        }
+        assert norms["norm"] is norms["trunk.layer4.1.bn2"] is nn.SyncBatchNorm
+        assert norms["trunk.bn1"] is norms["trunk.layer1.0.bn1"] is nn.BatchNorm2d
+        assert list(model.state_dict()) == keys
+        after = [[id(p) for p in group["params"]] for group in parameter_groups(model, decay_biases=True)]
+        assert after == before
+        assert not model.train().trunk.bn1.training and model.norm.training
+        images = torch.randint(0, 256, (2, 96, 112, 3), dtype=torch.uint8)
+        losses = []
+        for one in (plain, model):
+            torch.manual_seed(2)
+            losses.append(one(images, [(96, 112)] * 2, self.targets()))
+        torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+        torch.testing.assert_close(plain.state_dict(), model.state_dict(), rtol=0, atol=0)
+        plain.load_state_dict(model.state_dict())
 
     def test_decayed_biases(self):
         model = FasterRCNN(half_trunk(), 3, MEAN, STD, head_bn=True, **FRCNN)

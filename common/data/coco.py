@@ -102,7 +102,10 @@ def read_instances(file: Path, report: Report) -> Instances:
         category = json_field(item, "category_id", int, where)
         if category not in categories:
             known = ", ".join(map(str, list(categories)[:8]))
-            raise UserError(f"{where}: category {category} is not in 'categories' (ids {known} …)")
+            more = " …" if len(categories) > 8 else ""
+            raise UserError(
+                f"{where}: category {category} is not in 'categories' (ids {known}{more}); add it there"
+            )
         x, y, w, h = _numbers(item.get("bbox"), where)
         if owner not in index:
             place = f"{file.name} annotations[{number}], image {owner}"

@@ -115,7 +115,8 @@ def finished_set(
     sizes = frames(headers, said, places, report, form)
     boxes, keep = clip(found, sizes, report, slack)
     if not keep.any():
-        raise UserError(f"{listed}: its images have no usable object")
+        why = f" ({'; '.join(report.lines()[:3])})" if report.lines() else ""
+        raise UserError(f"{listed}: its images have no usable object{why}")
     rows = np.flatnonzero(keep)
     rows = rows[np.argsort(found.image[rows], kind="stable")]
     counts = np.bincount(found.image[rows], minlength=len(ids))

@@ -30,7 +30,7 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     """Read `voc:DIR[,year=2007+2012][,train=trainval][,test=test][,classes=a+b]` as (train, test).
 
     DIR is a VOCdevkit with years, or one folder of that shape. With VOC2007 and VOC2012 and no `year`, the
-    07+12 protocol: both years' trainval train, VOC2007's test tests (Faster R-CNN, SSD). Classes: `classes=`,
+    07+12 protocol: both years' trainval train, VOC2007's test alone tests (Faster R-CNN, SSD). Classes: `classes=`,
     else VOC's 20 in their order when no other name occurs, else the names found, sorted.
 
     Boxes: VOC's corners are 1-based and inclusive, so x0 = xmin − 1, y0 = ymin − 1, x1 = xmax, y1 = ymax is
@@ -39,7 +39,9 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     """
     years = _years(spec)
     train_split, test_split = spec.options.get("train", "trainval"), spec.options.get("test", "test")
-    tested = [year for year in years if year.name == "VOC2007"] if _is_0712(years) else years
+    tested = years
+    if _is_0712(years) and test_split == "test":  # VOC2012's is published without annotations
+        tested = [year for year in years if year.name == "VOC2007"]
     train_raw = _read_split(years, train_split)
     test_raw = _read_split(tested, test_split)
     given = spec.options["classes"].split("+") if "classes" in spec.options else None
@@ -64,8 +66,8 @@ def _years(spec: DataSpec) -> list[Path]:
     if not any(root.glob("VOC[0-9]*")) and (root / "VOCdevkit").is_dir():
         root = root / "VOCdevkit"
     if (root / "Annotations").is_dir() and (root / "JPEGImages").is_dir():
-        if "year" in spec.options:
-            raise UserError(f"{root}: year= is for a VOCdevkit; this is one folder ({found(root)})")
+        if "year" in spec.options and root.resolve().name != f"VOC{spec.options['year']}":
+            raise UserError(f"{root}: year= is for a VOCdevkit, and this is one folder; leave it out")
         return [root]
     years = sorted(path for path in root.glob("VOC[0-9][0-9][0-9][0-9]") if path.is_dir())
     if not years:
@@ -135,7 +137,7 @@ def _split_names(year: Path, listed: Path, split: str, report: Report) -> list[s
         there = sorted(path.stem for path in listed.parent.glob("*.txt") if "_" not in path.stem)
         raise UserError(
             f"{listed}: no such split '{split}'; {listed.parent} has: {', '.join(there) or 'no .txt file'} "
-            "(choose with train= and test=)"
+            "(choose with train= and test=, in detection/evaluate.py with --split)"
         )
     names: dict[str, None] = {}
     for number, line in enumerate(read_lines(listed), 1):
@@ -157,7 +159,7 @@ def _parse(path: Path) -> dict:
     except ElementTree.ParseError as error:
         line, column = error.position
         reason = str(error).partition(":")[0]
-        raise UserError(f"{path} line {line}, column {column}: malformed XML ({reason})") from None
+        raise UserError(f"{path} line {line}, column {column}: malformed XML ({reason}); repair it") from None
     except (OSError, UnicodeError, ValueError, LookupError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if root.tag != "annotation":
@@ -210,7 +212,8 @@ def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) ->
             place = f"{raw.annotations[i].name} object {number}"
             if label not in index:
                 raise UserError(
-                    f"{raw.annotations[i]}: object {number} is of class '{label}', not in {given}"
+                    f"{raw.annotations[i]}: object {number} is of class '{label}', not in {given}; "
+                    "add it to classes=, or leave that out"
                 )
             if hard is None:
                 raw.report.note("object without <difficult>: taken as not difficult", place)
