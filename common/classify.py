@@ -23,7 +23,7 @@ from common.trunk import normalise
 class ClassifyRecipe(MixingRecipe, CropRecipe):
     """A recipe that trains a classifier."""
 
-    test_batch: int = knob(128, "images a prediction step", "I", stage="predict")
+    test_batch: int = knob(128, "images a prediction step", "I", stage="predict", low=1)
 
 
 def make_step(recipe: ClassifyRecipe, classes: int, mean: Iterable[float], std: Iterable[float]) -> Step:

@@ -163,9 +163,8 @@ def cutout(images: Tensor, centres: Tensor, side: int) -> Tensor:
     Run after normalisation, so that zero is the mean colour.
     """
     corner = centres - side // 2
-    return images.masked_fill(
-        box_mask(torch.cat([corner, corner + side], 1), images.shape[3], images.shape[2]), 0
-    )
+    inside = box_mask(torch.cat([corner, corner + side], 1), images.shape[3], images.shape[2])
+    return torch.where(inside, 0, images)  # masked_fill would lose channels-last
 
 
 def mix_labels(targets: Tensor, permutation: Tensor, lam: float | Tensor) -> Tensor:

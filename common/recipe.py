@@ -7,6 +7,7 @@ I inferred (nothing public fixes it), M measured by us for the small embedded wo
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -18,9 +19,16 @@ STAGES = ("train", "predict", "score")
 R = TypeVar("R", bound="Fields")
 
 
-def knob(default: Any, help: str, source: str, stage: str = "train", choices: tuple[str, ...] = ()) -> Any:
-    """A recipe field: default, meaning (with unit), source of the value, and the stage whose key holds it."""
-    meta = {"help": help, "source": source, "stage": stage, "choices": choices}
+def knob(
+    default: Any,
+    help: str,
+    source: str,
+    stage: str = "train",
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+) -> Any:
+    """A recipe field: default, meaning (with unit), source of the value, the stage whose key holds it, lowest value."""
+    meta = {"help": help, "source": source, "stage": stage, "choices": choices, "low": low}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -36,33 +44,44 @@ class Fields:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def check(self) -> None:
-        """Refuse what is not among a field's choices. Raises UserError naming the field."""
+        """Refuse values that no field takes: not of its choices, not finite, too low. Raises UserError naming it."""
         for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
+            choices, low, value = field.metadata["choices"], field.metadata["low"], getattr(self, field.name)
             if choices and value not in choices:
                 raise UserError(f"recipe: {field.name}={value}, choose one of {', '.join(choices)}")
+            numbers = [
+                v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)
+            ]
+            if not all(map(math.isfinite, numbers)):
+                raise UserError(f"recipe: {field.name}={_show(value)}, it must be finite")
+            if low is not None and any(v < low for v in numbers):
+                raise UserError(f"recipe: {field.name}={_show(value)}, it must be {low:g} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Fields):
     """What every training has. Tasks extend it; a recipe is one instance."""
 
-    epochs: float = knob(0.0, "length of training in passes over the data; 0: `iterations` counts", "P")
-    iterations: int = knob(0, "length of training in optimiser steps; 0: `epochs` counts", "P")
+    epochs: float = knob(
+        0.0, "length of training in passes over the data; 0: `iterations` counts", "P", low=0
+    )
+    iterations: int = knob(0, "length of training in optimiser steps; 0: `epochs` counts", "P", low=0)
     batch: int = knob(256, "images an optimiser step, over all processes", "P")
-    micro_batch: int = knob(0, "images that share batch-norm and mixing statistics; 0: the whole batch", "C")
+    micro_batch: int = knob(
+        0, "images that share batch-norm and mixing statistics; 0: the whole batch", "C", low=0
+    )
     optimizer: str = knob("sgd", "optimiser", "C", choices=("sgd", "adam", "adamw"))
     lr: float = knob(0.1, "peak learning rate", "P")
-    momentum: float = knob(0.9, "SGD momentum", "P")
+    momentum: float = knob(0.9, "SGD momentum", "P", low=0)
     nesterov: bool = knob(False, "Nesterov momentum", "C")
-    weight_decay: float = knob(1e-4, "weight decay", "P")
+    weight_decay: float = knob(1e-4, "weight decay", "P", low=0)
     schedule: str = knob("step", "learning-rate curve", "P", choices=("step", "one_cycle", "constant"))
     milestones: tuple[float, ...] = knob(
-        (), "where `step` divides the rate: epochs or iterations, as the length", "P"
+        (), "where `step` divides the rate: epochs or iterations, as the length", "P", low=0
     )
-    gamma: float = knob(0.1, "factor at each milestone", "P")
-    warmup: int = knob(0, "iterations of linear warm-up from a thousandth of the rate", "P")
-    clip_grad: float = knob(0.0, "largest gradient norm; 0: not clipped", "I")
+    gamma: float = knob(0.1, "factor at each milestone", "P", low=0)
+    warmup: int = knob(0, "iterations of linear warm-up from a thousandth of the rate", "P", low=0)
+    clip_grad: float = knob(0.0, "largest gradient norm; 0: not clipped", "I", low=0)
     precision: str = knob(
         "auto",
         "arithmetic of forward passes; auto: bf16 on hardware that has it, else fp32",
@@ -70,8 +89,8 @@ class Recipe(Fields):
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     channels_last: bool = knob(True, "NHWC memory format: the same numbers, faster convolutions", "I")
-    save_every: float = knob(60.0, "seconds between checkpoints of a running training", "I", stage="")
-    log_every: int = knob(20, "iterations between log lines", "I", stage="")
+    save_every: float = knob(60.0, "seconds between checkpoints of a running training", "I", stage="", low=0)
+    log_every: int = knob(20, "iterations between log lines", "I", stage="", low=1)
 
     def length(self, images: int) -> int:
         """Training length in iterations, for a data set of `images` images."""
@@ -83,6 +102,7 @@ class Recipe(Fields):
 
     def check(self) -> None:
         """Refuse what cannot be trained. Raises UserError naming the field."""
+        super().check()
         if (self.epochs > 0) == (self.iterations > 0):
             raise UserError(
                 "recipe: give either epochs or iterations, the other 0 (e.g. --set epochs=0 --set iterations=100)"
@@ -93,7 +113,8 @@ class Recipe(Fields):
             raise UserError(f"recipe: batch={self.batch} is no multiple of micro_batch={self.micro_batch}")
         if not self.lr > 0:
             raise UserError(f"recipe: lr={self.lr}, it must be above 0")
-        super().check()
+        if self.nesterov and not self.momentum and self.optimizer == "sgd":
+            raise UserError("recipe: nesterov=true needs momentum: --set nesterov=false, or momentum above 0")
 
 
 def to_json(recipe: Fields) -> dict[str, Any]:

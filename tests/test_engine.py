@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from common.classify import ClassifyRecipe, make_step
-from common.engine import loop, read_log, train
+from common.engine import loop, pick_device, read_log, resolve_precision, train
 from common.engine.loader import MicroBatches, Positions, make_loader
-from common.engine.loop import make_optimizer, make_schedulers
+from common.engine.optim import make_optimizer, make_schedulers, wrap
+from common.engine.state import Log
 from common.engine.streams import SAMPLE, STEP, Order, StepStreams, Streams, stream, torch_seed
 from common.errors import UserError
 from common.recipe import Recipe, override
@@ -259,12 +261,19 @@ def test_recipe_settings_are_checked():
         "learning_rate=1": "no field 'learning_rate'",
         "batch=x": "'x' is no int",
         "lr=-1": "above 0",
+        "lr=nan": "lr=nan, it must be finite",
+        "milestones=2,-1": "milestones=2,-1, it must be 0 or more",
+        "weight_decay=-0.1": "weight_decay=-0.1, it must be 0 or more",
+        "micro_batch=-4": "micro_batch=-4, it must be 0 or more",
+        "log_every=0": "log_every=0, it must be 1 or more",
         "optimizer=lion": "choose one of sgd, adam, adamw",
         "micro_batch=3": "no multiple of micro_batch=3",
         "iterations=0": "either epochs or iterations",
     }.items():
         with pytest.raises(UserError, match=message):
             override(RECIPE, [setting])
+    with pytest.raises(UserError, match="nesterov=true needs momentum"):
+        override(RECIPE, ["optimizer=sgd", "nesterov=true", "momentum=0"])
 
 
 def test_uneven_processes_are_refused_by_name(tmp_path, monkeypatch):
@@ -488,3 +497,57 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["log.jsonl", "resume.pt"]
     assert torch.load(tmp_path / "a" / "resume.pt", weights_only=True)["iteration"] == 8
     assert equal(whole, run(tmp_path / "a"))
+
+
+def test_the_loss_scaler_accumulates_clips_and_skips_what_overflows(monkeypatch):
+    """fp16's wrapper, which a GPU would use, with the CPU's loss scaler; powers of two scale exactly."""
+    amp = "mmengine.optim.optimizer.amp_optimizer_wrapper"
+    monkeypatch.setattr(f"{amp}.is_cuda_available", lambda: True)
+    monkeypatch.setattr(f"{amp}.GradScaler", partial(torch.amp.GradScaler, "cpu", init_scale=2.0**10))
+    recipe = override(RECIPE, ["optimizer=sgd", "precision=fp16", "clip_grad=0.5"])
+    models = nn.Linear(6, 1), nn.Linear(6, 1)
+    models[1].load_state_dict(models[0].state_dict())
+    wrapper = wrap(make_optimizer(models[0], recipe), recipe, torch.device("cuda"), 2)
+    plain = torch.optim.SGD(models[1].parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    wrapper.initialize_count_status(nn.Identity(), 0, 12)
+    for number in range(12):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+        with wrapper.optim_context(models[0]):
+            assert not torch.is_autocast_enabled("cuda")  # the engine's own ends before the backward pass
+            wrapper.update_params(models[0](x).square().sum(), zero_kwargs={"set_to_none": True})
+        (models[1](x).square().sum() / 2).backward()
+        if number % 2:
+            nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
+            plain.step()
+            plain.zero_grad()
+    for one, other in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(one, other)
+    before = models[0].weight.detach().clone()
+    wrapper.initialize_count_status(nn.Identity(), 0, 2)
+    for factor in (float("inf"), 1.0):
+        wrapper.update_params(models[0](torch.ones(4, 6)).sum() * factor)
+    assert torch.equal(models[0].weight, before) and wrapper.loss_scaler.get_scale() == 2.0**9
+
+
+def test_devices_that_are_not_there_are_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"--device cuda:2: not on this machine \(2 GPUs\)"):
+        pick_device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UserError, match="process 3 has no GPU, there are 2"):
+        pick_device()
+
+
+def test_bf16_is_chosen_only_where_the_gpu_multiplies_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_precision(RECIPE, torch.device("cuda")) == "fp32"  # a V100 or T4 emulates it, slowly
+
+
+def test_a_log_shorter_than_its_checkpoint_says_is_not_filled_with_zeros(tmp_path):
+    log = Log(tmp_path, tensorboard=False)
+    log.path.write_bytes(b'{"iteration": 1}\n')
+    log.open(100, 4)
+    log.write({"iteration": 5})
+    assert [line["iteration"] for line in read_log(tmp_path)] == [1, 5]

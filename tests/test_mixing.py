@@ -387,3 +387,14 @@ def test_cutout_comes_before_the_mixing(per_sample):
 def test_one_hot_labels_equal_torchs():
     labels = torch.tensor([2, 0, 3])
     assert torch.equal(one_hot(labels, 5), F.one_hot(labels, 5).float())
+
+
+def test_mixed_images_stay_channels_last():
+    images = torch.randn(4, 3, 8, 6).to(memory_format=torch.channels_last)
+    other, lam = torch.tensor([1, 0, 3, 2]), torch.full((4,), 0.3)
+    boxes = torch.tensor([[1, 1, 3, 4]])
+    for mixed in (
+        *(mixup(images, other, 0.3), mixup(images, other, lam), cutout(images, torch.full((4, 2), 3), 4)),
+        *(cutmix(images, other, (1, 1, 3, 4)), cutmix(images, other, boxes)),
+    ):
+        assert mixed.is_contiguous(memory_format=torch.channels_last) and mixed.dtype == images.dtype

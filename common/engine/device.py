@@ -25,14 +25,21 @@ def pick_device(name: str | None = None) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: not on this machine ({torch.cuda.device_count()} GPUs)")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        index, count = int(os.environ.get("LOCAL_RANK", device.index or 0)), torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise UserError(f"--device {name}: not on this machine ({count} GPUs)")
+        if index >= count:
+            raise UserError(
+                f"torchrun: process {index} has no GPU, there are {count}; --nproc-per-node {count}"
+            )
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        gpu = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if gpu else "gloo",
             timeout=datetime.timedelta(hours=2),  # process 0 evaluates while the others wait
+            device_id=device if gpu else None,  # or a barrier guesses which GPU is this process's
         )
     return device
 
@@ -57,7 +64,7 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> str:
     if recipe.precision != "auto":
         return recipe.precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     probes = (getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("avx512_bf16", "amx_tile"))
     return "bf16" if any(probe is not None and probe() for probe in probes) else "fp32"
 

@@ -5,6 +5,7 @@ scaling, clipping) and the learning-rate schedulers. Its Runner is not used: its
 iteration-based resume replays the loader, its worker seeding repeats draws, and it cannot read back its own files.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class _Wrapper(_Quiet, OptimWrapper):
 
 
 class _AmpWrapper(_Quiet, AmpOptimWrapper):
-    pass
+    optim_context = OptimWrapper.optim_context  # its own would run the backward pass under autocast too
 
 
 def wrap(
@@ -90,4 +91,6 @@ def wrap(
         return _Wrapper(**options)
     if device.type != "cuda":
         raise UserError("recipe: precision=fp16 needs a GPU; use bf16 or fp32 (--set precision=fp32)")
-    return _AmpWrapper(**options, dtype="float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it asks for the loss scaler by its former name
+        return _AmpWrapper(**options)

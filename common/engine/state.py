@@ -77,9 +77,11 @@ class Log:
 
     def open(self, length: int, iteration: int) -> None:
         """Cut back to what was written up to `iteration`; what an interrupted run wrote later is dropped."""
-        self.length = length
         with self.path.open("ab") as log:
-            log.truncate(length)
+            self.length = min(
+                length, log.tell()
+            )  # shorter, if the machine died before the log was on its disk
+            log.truncate(self.length)
         if self.events:
             from torch.utils.tensorboard import SummaryWriter
 
