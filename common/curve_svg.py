@@ -5,14 +5,15 @@ from html import escape
 
 import numpy as np
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's
 
 
 def curve_svg(
     title: str, across: str, series: Sequence[tuple[str, np.ndarray, np.ndarray]], mark: float | None = None
 ) -> str:
     """Curves (label, x, y), both in [0, 1], as one SVG text; `mark` is a dashed line at an x."""
-    width, height, left, top, bottom = 560, 320, 44, 40, 40
+    height, left, top, bottom = 320, 44, 40, 40
+    width = max(560, left + sum(7 * len(label) + 14 for label, _, _ in series))
     right = width - 10
 
     def x(value: float) -> float:

@@ -13,10 +13,12 @@
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from common.backbone import IMAGENET_MEAN, IMAGENET_STD
+from common.data.decode import BACKENDS
 from common.errors import UserError
-from common.recipe import knob
+from common.recipe import Fields, knob
 from pretrain.regularizers import RegularizedRecipe
 
 
@@ -114,4 +116,76 @@ RECIPES = {
     "paper": PAPER,
     "paper_cifar": PAPER_CIFAR,
     "paper_cifar_resnet110": PAPER_CIFAR_RESNET110,
+}
+
+TESTS = ("fgsm", "occlusion", "between", "ood")  # of pretrain/robustness.py
+ONLY = {  # the tests a field belongs to; one that is not here belongs to all
+    "epsilon": ("fgsm",),
+    "fill": ("occlusion",),
+    "holes": ("occlusion", "between"),
+    "lambdas": ("between",),
+    "pairs": ("between",),
+    "ood_images": ("ood",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessRecipe(Fields):
+    """How a trained classifier is tested (paper, section 4.4 and appendix E): one test's part of it names its cell."""
+
+    test: str = knob("", "which test this is of: --tests says it", "", stage="")
+    size: int = knob(224, "side of the test images in pixels; unless set, as the file was trained", "P")
+    resize: int = knob(256, "short side before the centre crop; unless set, as the file was trained", "C")
+    resize_backend: str = knob(
+        "pil", "as in pretraining; unless set, as the file was trained", "P", choices=BACKENDS
+    )
+    epsilon: float = knob(8.0, "FGSM: what is added to or taken off each pixel, of 255", "I")
+    fill: str = knob(
+        "mean",
+        "occlusion: what a hidden pixel is. mean: zero after normalisation, as Cutout's; black: zero before",
+        "I",
+        choices=("mean", "black"),
+    )
+    holes: int = knob(
+        14, "steps of the central hole's side from 0 to the whole image; 14: by 16 pixels of 224", "I"
+    )
+    lambdas: int = knob(10, "in-between: steps of Mixup's λ from 0 to 1", "I")
+    pairs: int = knob(50_000, "in-between: pairs of different images, drawn from the seed", "P")
+    ood_images: int = knob(
+        10_000, "out of distribution: noise images of a kind, and at most so many of a folder", "X"
+    )
+    test_batch: int = knob(128, "images a prediction step", "I", stage="predict")
+    precision: str = knob(
+        "auto",
+        "arithmetic of forward passes; auto: bf16 on hardware that has it, else fp32, and always fp32 in FGSM: a small "
+        "gradient's sign is not to be lost",
+        "I",
+        stage="predict",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    def stage_fields(self, stage: str) -> dict[str, Any]:
+        """The fields of a stage's key, without those of other tests."""
+        mine = super().stage_fields(stage)
+        return {k: v for k, v in mine.items() if self.test in ONLY.get(k, (self.test,))}
+
+    def check(self) -> None:
+        """Refuse what cannot be tested. Raises UserError naming the field."""
+        super().check()
+        if not 1 <= self.size <= self.resize:
+            raise UserError(
+                f"recipe: size={self.size} and resize={self.resize}, nothing could be cropped; 1 ≤ size ≤ resize"
+            )
+        if not 0 <= self.epsilon <= 255:
+            raise UserError(f"recipe: epsilon={self.epsilon:g}, it is of 255: from 0 to 255")
+        for name in ("holes", "lambdas", "pairs", "ood_images", "test_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"recipe: {name}={getattr(self, name)}, at least 1 is needed")
+
+
+ROBUSTNESS = {
+    "smoke": RobustnessRecipe(holes=2, lambdas=2, pairs=20, ood_images=16),
+    "tiny": RobustnessRecipe(holes=7, lambdas=5, pairs=1_000, ood_images=500),
+    "mini": RobustnessRecipe(holes=7, lambdas=5, pairs=5_000, ood_images=2_000),
+    "paper": RobustnessRecipe(),
 }
