@@ -7,14 +7,22 @@ from typing import Any
 from common.board.cells import Cell
 from common.files import digest
 
-MODELS = {"ssd300": "SSD300", "faster_rcnn": "Faster R-CNN", "nic": "NIC", "cam": "CAM"}
+MODELS = {
+    **{"ssd300": "SSD300", "faster_rcnn": "Faster R-CNN", "nic": "NIC", "cam": "CAM"},
+    **{"fgsm": "FGSM", "occlusion": "Occlusion", "between": "In-between", "ood": "Other data"},
+}
 TASKS = {
     "classification": "pretraining",
     "detection": "detection",
     "captioning": "captioning",
     "wsol": "weakly supervised localisation",
+    "robustness": "robustness and uncertainty",
 }
-ORDER = ("classification", "ssd300", "faster_rcnn", "detection", "captioning", "wsol")
+NO_TRANSFER = ("classification", "robustness")  # tasks that train no head on a backbone
+ORDER = (
+    *("classification", "ssd300", "faster_rcnn", "detection", "captioning", "wsol"),
+    *("fgsm", "occlusion", "between", "ood"),
+)
 
 
 @dataclass(frozen=True)

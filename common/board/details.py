@@ -140,6 +140,24 @@ def thresholds(rows: Rows, column: Column) -> list[tuple[str, Markup]]:
     return made
 
 
+def drawn_curves(rows: Rows, column: Column) -> list[tuple[str, Markup]]:
+    """The "charts" of the cells' report.json, in per cent: a picture a curve, each row the mean over its cells."""
+    found: dict[tuple[str, str, str], list] = {}
+    for index, row, entry in rows:
+        reports = [report_of(cell).get("charts", []) for cell in entry.cells]
+        for k, chart in enumerate(reports[0] if all(reports) else []):
+            for name in chart["curves"]:
+                mean = 100 * np.mean([report[k]["curves"][name] for report in reports], axis=0)
+                key = (chart["title"], name, chart["across"])
+                found.setdefault(key, []).append((row.label, index, chart["x"], mean.tolist()))
+    made = []
+    for (title, name, across), series in found.items():
+        label = f"{title}, {name}, %"
+        picture = charts.curves(series, f"{column.label}: {label}", across, log=False)
+        made += [(label, picture)] if picture else []
+    return made
+
+
 def captions(rows: Rows) -> list[tuple[int, Row, dict[str, float]]]:
     """What BLEU and CIDEr are made of, a mean over the row's cells: see `_breakdown`."""
     lines = []

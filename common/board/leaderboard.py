@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from common.board.cells import REPLICATES, Cell, Rescored, rescore_cells
-from common.board.columns import Column, deviations, make_columns, place
+from common.board.columns import NO_TRANSFER, Column, deviations, make_columns, place
 from common.board.paper import METHODS, PaperValue, reference
 from common.board.ranks import Ranks, make_ranks
 from common.board.statistics import Difference, Sample, Score, difference, holm, score
@@ -106,7 +106,7 @@ def make_board(
     if rows and not any(baseline in (row.group, row.label) for row in rows):
         names = ", ".join(row.label for row in rows)
         notes.append(f"no row is named {baseline!r}: no differences; --baseline takes one of {names}")
-    ranks = make_ranks(ranked, {c.key for c in columns if c.task != "classification"}, seed)
+    ranks = make_ranks(ranked, {c.key for c in columns if c.task not in NO_TRANSFER}, seed)
     return Board(rows, columns, entries, ranks, baseline, replicates, seed, bool(small), tuple(notes))
 
 

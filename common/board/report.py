@@ -231,6 +231,8 @@ def section(board: Board, column: Column, number: int) -> dict[str, Any]:
     found["curves"] += details.error_curves(rows, column)
     if column.task == "wsol":
         found["curves"] += details.thresholds(rows, column)
+    if column.task == "robustness":
+        found["curves"] += details.drawn_curves(rows, column)
     if column.task == "detection":
         found["classes"] = details.classes(rows, board)
         mean, found["small"] = details.precision_recall(rows, column)
