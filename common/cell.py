@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from common.backbone import Backbone
-from common.engine import hardware, is_main, peak_memory, resolve_precision
+from common.engine import barrier, hardware, is_main, peak_memory, resolve_precision
 from common.errors import UserError
 from common.files import file_digest, make_folder, read_json, write_json, write_npz, write_text
 from common.keys import ROOT, code_hash, differences, stage_inputs, stage_keys
@@ -218,6 +219,7 @@ def open_run(
         lock = _prepare(folder, keys["train"], inputs["train"], restart)
         write_json(folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs})
         write_json(folder / "provenance.json", {**provenance(task), **_command()})
+    barrier()  # or another process would find what --restart is about to remove
     facts: dict[str, Any] = {"inputs": inputs, "skipped_images": skip_bad, "code": code_hash(task)}
     if backbone:
         facts["backbone"] = {
@@ -225,30 +227,45 @@ def open_run(
             "fingerprint": backbone.fingerprint,
             "report": backbone.report,
         }
-    return Run(folder, identity, recipe, keys, facts, lock)
+    run = Run(folder, identity, recipe, keys, facts, lock)
+    if lock:
+        weakref.finalize(run, lock.close)
+    return run
 
 
 def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> IO:
-    """Make the folder this process's own; the lock it returns is held as long as it is referenced."""
-    if restart and (folder / "recipe.json").exists():
-        shutil.rmtree(folder)
+    """Make the folder this process's own; it is until the file that this returns is closed."""
     make_folder(folder)
     lock = (folder / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another process is at work there; wait for it, or choose another --out"
-        ) from None
-    if not (folder / "recipe.json").exists():
-        return lock
-    old = read_json(folder / "recipe.json")
-    if old["keys"]["train"] == key:
-        return lock
-    changed = differences(old["inputs"]["train"], inputs)
-    raise UserError(
-        f"{folder}: holds a run with {'; '.join(changed[:4])}; choose another --out, or --restart to replace it"
-    )
+        if restart and (folder / "recipe.json").exists():
+            _clear(folder)
+        for leftover in folder.glob(".*.tmp"):  # half a file of a killed process
+            leftover.unlink()
+        if (folder / "recipe.json").exists():
+            old = read_json(folder / "recipe.json")
+            if old["keys"]["train"] != key:
+                changed = "; ".join(differences(old["inputs"]["train"], inputs)[:4])
+                raise UserError(
+                    f"{folder}: holds a run with {changed}; choose another --out, or --restart to replace it"
+                )
+    except BaseException as error:
+        lock.close()
+        if isinstance(error, BlockingIOError):
+            line = f"{folder}: another process is at work there; wait for it, or choose another --out"
+            raise UserError(line) from None
+        raise
+    return lock
+
+
+def _clear(folder: Path) -> None:
+    """Remove all but the lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 @functools.cache

@@ -115,10 +115,15 @@ def test_another_training_in_the_folder_is_refused_and_named(tmp_path):
 
 def test_two_processes_cannot_share_a_folder(tmp_path):
     run = opened(tmp_path)
-    with pytest.raises(UserError, match="another process is at work there"):
-        opened(tmp_path)
-    run.lock.close()
-    opened(tmp_path)
+    complete(run)
+    (run.folder / ".weights.pt.123.tmp").touch()
+    for restart in (False, True):
+        with pytest.raises(UserError, match="another process is at work there"):
+            opened(tmp_path, restart=restart)
+    assert run.finished and (run.folder / ".weights.pt.123.tmp").exists()  # nothing was touched
+    del run
+    again = opened(tmp_path)
+    assert again.finished and not list(again.folder.glob(".*.tmp"))
 
 
 def test_a_stage_that_dies_is_not_done_and_unmakes_the_cell(tmp_path):

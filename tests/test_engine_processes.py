@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Adam would blow up the rounding that is all the gradient of a bias ahead of batch norm
 RECIPE = replace(ADAM, optimizer="sgd")
 PROCESS = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from test_engine import EVALUATED, Points, network, step
 from test_engine_processes import RECIPE
-from common.engine import is_main, pick_device, rank, train
+from common import cell
+from common.engine import pick_device, rank, train
 from dataclasses import replace
 from torch import nn
 
@@ -44,6 +45,13 @@ def signalled(model, batch, rng):
 def spoiled(model, batch, rng):
     return {{name: loss * (float("nan") if rank() else 1) for name, loss in step(model, batch, rng).items()}}
 
+clear = cell._clear
+cell.code_hash("wsol")  # now, for it takes as long as the wait below
+cell._clear = lambda folder: (time.sleep(1), clear(folder))
+names = dict(task="wsol", data="d", model="m", recipe_label="r", train_fingerprint="a", test_fingerprint="b")
+options = dict(recipe=RECIPE, backbone=None, seed=0, restart=True, identity=cell.Identity("d", "t", "m", "r", "b", 0))
+cell.open_run(out / "restarted", **names, **options)
+(out / f"found{{rank()}}").write_text(str((out / "restarted" / "weights.pt").exists()))
 run("linear", network()[0:1])
 run("begun_by_one", network())
 run("evaluated", network(), **EVALUATED)
@@ -65,6 +73,9 @@ def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     with pytest.raises(Stop):
         run(out / "begun_by_one", dying(25), replace(RECIPE, save_every=0.0))
+    (out / "restarted").mkdir()
+    for name in ("recipe.json", "weights.pt"):
+        (out / "restarted" / name).touch()
     script = out / "script.py"
     script.write_text(PROCESS.format(root=str(ROOT), tests=str(ROOT / "tests")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -104,6 +115,10 @@ def test_two_processes_equal_one_that_accumulates_twice(two, tmp_path):
     assert_close(weights(two / "linear"), model.state_dict())
     for one, other in zip(read_log(tmp_path), read_log(two / "linear"), strict=True):
         assert {**one, "seconds": 0} == pytest.approx({**other, "seconds": 0}, rel=1e-3)
+
+
+def test_no_process_finds_what_a_restart_removes(two):
+    assert (two / "found0").read_text() == (two / "found1").read_text() == "False"
 
 
 def test_another_number_of_processes_goes_on(two, tmp_path):

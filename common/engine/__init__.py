@@ -2,6 +2,7 @@
 
 from common.engine.device import (
     autocast,
+    barrier,
     hardware,
     is_main,
     pick_device,
@@ -21,6 +22,7 @@ __all__ = [
     "SPLIT",
     "TrainData",
     "autocast",
+    "barrier",
     "hardware",
     "is_main",
     "peak_memory",

@@ -59,6 +59,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def resolve_precision(recipe: Recipe, device: torch.device) -> str:
     """`auto` → bf16 where the hardware multiplies it natively, else fp32."""
     if recipe.precision != "auto":

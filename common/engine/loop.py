@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.engine.device import (
     autocast,
+    barrier,
     compiled,
     is_main,
     rank,
@@ -187,7 +188,7 @@ class _Training:
                     continue  # several processes stop and save together, where they have just agreed on the loss
                 if self._should_stop():
                     self.save()
-                    _barrier()
+                    barrier()
                     raise SystemExit(REQUEUE)
                 if self.clock - saved_at > self.recipe.save_every and not last:
                     self.save()
@@ -293,7 +294,7 @@ class _Training:
             self.log.write({**self._position(), "eval": metrics})
             if self.best:
                 self.best.offer(self.model, self.iteration, metrics)
-        _barrier()
+        barrier()
 
     def save(self) -> None:
         """Write the resume state; never one that a loss spoiled."""
@@ -333,7 +334,7 @@ class _Training:
         if is_main():
             write_state(self.folder / "weights.pt", self.key, model=self.model.state_dict(), cost=cost)
             (self.folder / "resume.pt").unlink(missing_ok=True)
-        _barrier()
+        barrier()
         return cost
 
     def _on_signal(self, *_: Any) -> None:
@@ -346,11 +347,6 @@ class _Training:
         flag = torch.tensor(float(self.signalled), device=self.device)
         distributed.all_reduce(flag)
         return bool(flag)
-
-
-def _barrier() -> None:
-    if world() > 1:
-        distributed.barrier()
 
 
 def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
