@@ -143,6 +143,35 @@ _PRETRAINING = (
     ),
 )
 
+OOD_METRICS = ("TNR@95", "AUROC", "detection accuracy")
+# Table A3: set → method (in the order above) → OOD_METRICS; Table 12 is the unweighted mean over the seven
+OOD_SETS = {
+    "tiny_imagenet_crop": ((43.0, 88.9, 81.3), (22.6, 71.6, 69.8), (30.5, 85.6, 79.0), (57.1, 92.4, 85.0)),
+    "tiny_imagenet_resize": ((29.8, 84.2, 77.0), (12.3, 56.8, 61.0), (22.0, 82.8, 77.1), (55.4, 91.9, 84.5)),
+    "lsun_crop": ((34.6, 86.5, 79.5), (22.9, 76.3, 72.3), (33.2, 85.7, 78.5), (47.6, 90.3, 82.8)),
+    "lsun_resize": ((34.3, 86.4, 79.0), (13.0, 59.0, 61.8), (23.7, 84.0, 78.4), (62.8, 93.7, 86.7)),
+    "isun": ((32.0, 85.1, 77.8), (11.8, 57.0, 61.0), (22.2, 82.8, 76.8), (60.1, 93.0, 85.7)),
+    "uniform": ((0.0, 89.2, 89.2), (0.0, 0.8, 50.0), (0.0, 35.6, 59.1), (100.0, 99.8, 99.7)),
+    "gaussian": ((10.4, 90.7, 89.9), (0.0, 23.4, 50.5), (0.0, 24.3, 50.0), (100.0, 99.7, 99.0)),
+}
+OOD_MEAN = ((26.3, 87.3, 82.0), (11.8, 49.3, 60.9), (18.8, 68.7, 71.3), (69.0, 94.4, 89.1))
+
+
+def _ood() -> tuple[PaperColumn, ...]:
+    """Table 12, then Table A3 set by set."""
+    tables = {"": (OOD_MEAN, "v1, Table 12")}
+    tables |= {f" {name}": (rows, "v1, Table A3") for name, rows in OOD_SETS.items()}
+    return tuple(
+        PaperColumn(
+            *("robustness", "ood", metric + suffix, "CIFAR-100, PyramidNet-200", ("cifar100",), source),
+            _four(*(row[k] for row in rows)),
+            arch="pyramidnet200",
+        )
+        for suffix, (rows, source) in tables.items()
+        for k, metric in enumerate(OOD_METRICS)
+    )
+
+
 # The first column of a (task, model, metric) is the reference for data the paper did not use.
 COLUMNS: tuple[PaperColumn, ...] = (
     *(
@@ -176,6 +205,11 @@ COLUMNS: tuple[PaperColumn, ...] = (
         *(_four(46.30, 45.84, 46.69, 47.25), (_LOC,)),
         recipe="paper_imagenet",
     ),
+    PaperColumn(
+        *("robustness", "fgsm", "top-1 attacked", _IMAGENET, ("imagenet", "ilsvrc"), "v1, Table 11"),
+        _four(8.2, 24.4, 11.5, 31.0),
+    ),
+    *_ood(),
 )
 
 

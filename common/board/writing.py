@@ -101,6 +101,12 @@ def _column(board: Board, column: Column) -> str:
     left_out = (
         f"; {cells[0].skipped_images} unreadable images were left out" if cells[0].skipped_images else ""
     )
+    if column.task == "robustness":
+        how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
+        return (
+            f"{names} ({archs}) were tested as trained: {column.label} on {column.data} by the recipe {column.recipe}"
+            f"{limit} ({how}). {seeds} The scores are {', '.join(column.metrics)}, on {column.images} images{left_out}."
+        )
     return (
         f"{start} by the recipe {column.recipe}{limit}: {_training(cells, recipe)}. {seeds} The last step was "
         f"scored by {', '.join(column.metrics)} on {column.images} test images{left_out}."
