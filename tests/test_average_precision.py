@@ -26,7 +26,7 @@ def loop_ap(found, truth, image_weights, c, iou, inclusive, plus_one):
     if objects == 0:
         return None
     rows = [r for r in range(len(found.image)) if found.label[r] == c]
-    rows.sort(key=lambda r: -np.float32(found.score[r]))
+    rows.sort(key=lambda r: -found.score[r])
     claimed, tp, fp, curve = set(), 0.0, 0.0, []
     for r in rows:
         best, overlap = None, -1.0
@@ -132,6 +132,11 @@ def test_duplicates_and_ties_in_given_order():
     stats = match(found, truth, 1, 1)
     assert stats["mark"].tolist() == [WRONG, RIGHT, WRONG]
     assert rescore(stats)["mAP"][0] == pytest.approx(0.5)
+
+
+def test_scores_that_float32_cannot_tell_apart():
+    found, truth = one_image([[5, 5, 6, 6], [0, 0, 2, 2]], [1 - 2e-9, 1 - 1e-9], [[0, 0, 2, 2]], [0])
+    assert match(found, truth, 1, 1)["mark"].tolist() == [RIGHT, WRONG]
 
 
 def test_iou_exactly_half():

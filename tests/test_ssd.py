@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet50
 from torchvision.models.detection._utils import SSDMatcher
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -162,11 +163,16 @@ class Maps(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.trunk, self.extras, self.l2norm = model.trunk, model.extras, model.l2norm
+        self.trunk, self.extras, self.l2norm, self.deep = (
+            model.trunk,
+            model.extras,
+            model.l2norm,
+            model.taps[1],
+        )
 
     def forward(self, x):
-        taps = self.trunk.features(x, ("layer2", "layer3"))
-        maps = [self.l2norm(taps["layer2"]), taps["layer3"]]
+        taps = self.trunk.features(x, ("layer2", self.deep))
+        maps = [self.l2norm(taps["layer2"]), taps[self.deep]]
         for extra in self.extras:
             maps.append(extra(maps[-1]))
         return {str(k): m for k, m in enumerate(maps)}
@@ -202,6 +208,19 @@ def torchvision_twin(model):
 
 
 class TestSSD:
+    def test_dilated_body_equals_torchvision(self):
+        """layer4's map is that of torchvision's resnet50 with its stride replaced by dilation."""
+        body = resnet50(weights=None, replace_stride_with_dilation=[False, False, True]).eval()
+        model = SSD300(Trunk("resnet50"), 4, MEAN, STD, "layer4_dilated", extra_width=0.25).eval()
+        model.trunk.load_state_dict(body.state_dict(), strict=False)
+        x, seen = torch.randn(1, 3, 160, 160), []
+        body.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        with torch.inference_mode():
+            body(x)
+            ours = model.trunk.features(x, ["layer4"])["layer4"]
+        assert ours.shape == (1, 2048, 10, 10)
+        torch.testing.assert_close(ours, seen[0])
+
     @pytest.mark.parametrize("arch", ["resnet18_half", "resnet50"])
     @pytest.mark.parametrize("topology", ["layer3", "layer4_dilated"])
     def test_topologies(self, arch, topology):
@@ -257,10 +276,11 @@ class TestSSD:
         losses["loss_class"].backward()
         assert torch.isfinite(logits.grad).all()
 
-    def test_equals_torchvision(self):
+    @pytest.mark.parametrize("topology", ["layer3", "layer4_dilated"])
+    def test_equals_torchvision(self, topology):
         """Losses and detections of torchvision's SSD with the same weights, mapped into its heads."""
         torch.manual_seed(0)
-        ours = SSD300(half_trunk(), 3, MEAN, STD, extra_width=0.25, head_std=0.01)
+        ours = SSD300(half_trunk(), 3, MEAN, STD, topology, extra_width=0.25, head_std=0.01)
         theirs = torchvision_twin(ours)
         generator = torch.Generator().manual_seed(1)
         images = torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8, generator=generator)

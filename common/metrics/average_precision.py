@@ -3,7 +3,7 @@
 Conventions (the devkit's VOCevaldet.m is the default): a detection is compared with the object of its image
 and class that it overlaps most, difficult ones included (of equals the first); the first detection to claim
 an object is right, later ones are wrong; a claim on a difficult object counts neither way. Detections are
-ranked by score as float32, equal scores in the order given. A class without (weighted) objects is left out of
+ranked by score, equal scores in the order given. A class without (weighted) objects is left out of
 the mean.
 """
 
@@ -110,12 +110,11 @@ def match(
 
 
 def ranked(found: Boxes, convention: Convention = PRESETS["voc-devkit"]) -> tuple[np.ndarray, np.ndarray]:
-    """The order of `match`'s rows, by class and falling score, as indices (k,); and the scores it compares, (k,)."""
+    """The order of `match`'s rows, by class and falling score, as indices (k,); and the scores it keeps, (k,)."""
     score = np.asarray(found.score, np.float64)
     if convention.score_digits is not None:
         score = as_printed(score, convention.score_digits)
-    score = score.astype(np.float32)
-    return np.lexsort((-score, found.label)), score
+    return np.lexsort((-score, found.label)), score.astype(np.float32)
 
 
 def as_printed(values: np.ndarray, digits: int) -> np.ndarray:
