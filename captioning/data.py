@@ -23,6 +23,7 @@ from common.trunk import normalise
 
 VIEW = 100  # use number of the streams that place the views' crops: the same for every seed and backbone
 BLOCK = 64  # images an encoder pass: no recipe field, as it can move the last bit of a feature
+GROUP = 20  # captions at least that the LSTM reads together; where it reads a whole batch, half is padding
 IN_MEMORY = 2 << 30  # bytes of decoded images that are kept in the cache folder; more are decoded when needed
 
 
@@ -112,7 +113,10 @@ class CaptionItems:
         return len(self.items)
 
     def batch(self, indices: list[int], rngs: list[np.random.Generator]) -> dict[str, Any]:
-        """ "inputs" float32 (N, D) features or uint8 (N, size, size, 3), "captions" int64 (N, c, L), "ids"."""
+        """ "inputs" float32 (N, D) features or uint8 (N, size, size, 3), "captions" int64 (N, c, L), "ids".
+
+        And "groups", the captions by length, as `NIC.forward` takes them.
+        """
         chosen = [self.items[index] for index in indices]
         inputs = np.stack([self._input(image, rng) for (image, _), rng in zip(chosen, rngs)])
         longest = max(len(caption) for _, captions in chosen for caption in captions)
@@ -124,6 +128,7 @@ class CaptionItems:
         return {
             "inputs": torch.from_numpy(inputs),
             "captions": torch.from_numpy(padded),
+            "groups": _groups((padded != PAD).sum(2).reshape(-1)),
             "ids": [str(self.images.ids[image]) for image, _ in chosen],
         }
 
@@ -138,6 +143,16 @@ class CaptionItems:
         x, y = rng.integers(resize - size + 1, size=2)
         pixels = pixels[y : y + size, x : x + size]
         return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def _groups(lengths: np.ndarray) -> list[tuple[torch.Tensor, int]]:
+    """Numbers of captions of similar length, GROUP of them or more, and the longest one's length."""
+    order = np.argsort(lengths, kind="stable")[(lengths == 0).sum() :]  # without those that only fill up
+    starts = [0]
+    for i in np.flatnonzero(np.diff(lengths[order])) + 1:
+        if i - starts[-1] >= GROUP:
+            starts.append(i)
+    return [(torch.from_numpy(rows), int(lengths[rows[-1]])) for rows in np.split(order, starts[1:])]
 
 
 def centre_crops(paths: Sequence[Path], crop: tuple[int, int], block: int) -> Iterator[np.ndarray]:

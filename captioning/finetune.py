@@ -150,7 +150,7 @@ def groups(model: NIC, recipe: CaptionRecipe) -> list[dict[str, Any]]:
 
 def step(model: torch.nn.Module, batch: dict[str, Any], _: Any) -> dict[str, torch.Tensor]:
     """One training step: the mean loss of a word."""
-    return {"loss": model(batch["inputs"], batch["captions"])}
+    return {"loss": model(batch["inputs"], batch["captions"], batch["groups"])}
 
 
 @torch.inference_mode()

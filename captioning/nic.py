@@ -1,6 +1,6 @@
 """NIC, "Show and Tell" (Vinyals et al., CVPR 2015): a pooled image feature is an LSTM's first input."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +52,33 @@ class NIC(nn.Module):
             inputs = self.trunk(normalise(inputs, self.mean, self.std)).mean((2, 3))
         return self.norm(self.project(inputs.float()))
 
-    def forward(self, inputs: Tensor, captions: Tensor) -> Tensor:
+    def forward(
+        self, inputs: Tensor, captions: Tensor, groups: Sequence[tuple[Tensor, int]] | None = None
+    ) -> Tensor:
         """The mean loss of a word, the end included. `captions` (n, c, L): c captions an image, padded.
 
-        Each image is encoded once for its c captions.
+        Each image is encoded once for its c captions. `groups` are numbers (k,) of captions of similar length, 0 to
+        n·c − 1, and the longest one's length: each group is read by itself, so that little padding is computed. The
+        loss is the same to rounding: dropout is drawn as for one group.
         """
         n, c, length = captions.shape
-        encoded = self.encode(inputs)[:, None].expand(n, c, -1).reshape(n * c, 1, -1)
-        targets = captions.reshape(n * c, length)
-        before = torch.cat([targets.new_full((n * c, 1), START), targets[:, :-1]], 1)
-        with torch.autocast(
-            encoded.device.type, enabled=False
-        ):  # the LSTM is small, and slow in bf16 on a CPU
-            hidden, _ = self.lstm(torch.cat([encoded.float(), self.embedding(before)], 1))
-            logits = self.classify(self.dropout(hidden[:, 1:]))
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
+        encoded, captions = self.encode(inputs).float(), captions.flatten(0, 1)
+        if groups is None:
+            groups = [(torch.arange(n * c, device=captions.device), length)]
+        targets = [captions[rows, :longest] for rows, longest in groups]
+        before = torch.cat([F.pad(words[:, :-1], (1, 0), value=START).flatten() for words in targets])
+        # the LSTM is small, and slow in bf16 on a CPU
+        with torch.autocast(encoded.device.type, enabled=False):
+            kept = self.dropout(encoded.new_ones(length, n * c, self.lstm.hidden_size)).transpose(0, 1)
+            embedded = self.embedding(before).split([words.numel() for words in targets])
+            hidden = []
+            for (rows, longest), words in zip(groups, embedded):
+                first = encoded[rows // c, None]
+                read, _ = self.lstm(torch.cat([first, words.view(len(rows), longest, -1)], 1))
+                hidden.append((read[:, 1:] * kept[rows, :longest]).flatten(0, 1))
+            logits = self.classify(torch.cat(hidden))
+            wanted = torch.cat([words.flatten() for words in targets])
+            return F.cross_entropy(logits, wanted, ignore_index=PAD)
 
     def start(self, inputs: Tensor) -> State:
         """The state (1, n, hidden) × 2 after the image, before `<start>`."""

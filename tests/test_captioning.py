@@ -147,6 +147,30 @@ def test_five_captions_of_an_image_cost_one_encoding_and_the_loss_of_five_items(
     assert together.item() == pytest.approx(total / words, rel=1e-5)
 
 
+def test_reading_captions_by_length_changes_neither_loss_nor_gradients_nor_dropout():
+    from captioning.data import GROUP, _groups
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 13, (30, 5))
+    lengths[3, 4] = 0  # an image with four captions
+    captions = np.where(np.arange(12) < lengths[:, :, None], rng.integers(4, 30, (30, 5, 12)), PAD)
+    groups = _groups(lengths.reshape(-1))
+    assert sorted(row for rows, _ in groups for row in rows.tolist()) == [r for r in range(150) if r != 19]
+    assert all(len(rows) >= GROUP for rows, _ in groups[:-1]) and len(groups) > 3
+    read = sum(len(rows) * longest for rows, longest in groups)
+    assert lengths.sum() <= read < 1.15 * lengths.sum() < 0.7 * captions.size
+    nic = make_nic(sharp=1.0).train()
+    nic.dropout.p = 0.5
+    features, found = torch.randn(30, 8), []
+    for by_length in (None, groups):
+        torch.manual_seed(1)
+        nic.zero_grad()
+        loss = nic(features, torch.from_numpy(captions), by_length)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in nic.parameters())])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
 def test_the_loss_is_the_decoder_seen_step_by_step():
     nic = make_nic(sharp=1.0)
     feature, caption = torch.randn(1, 8), [7, 12, 5, END]
