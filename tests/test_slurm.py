@@ -152,23 +152,44 @@ if how == "dies_once" and (folder / "tries").read_text() == "x":
 if how == "waits":
     while not (folder.parent / "go").exists():
         time.sleep(0.1)
+if how == "saves" and (folder / "tries").read_text() == "x":
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
+    (folder / "ready").touch()
+    time.sleep(300)
 if how == "writes":
     (folder / "made.pt").touch()
 (folder / "cell.json").write_text("{}")
 """
 
 
-def test_an_array_of_cells_waits_fails_and_retries_as_the_local_executor_does(
-    cluster, submitted, tmp_path, monkeypatch
-):
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Makes jobs of a task that does what it is told; see FAKE."""
     (tmp_path / "faketask").mkdir()
     (tmp_path / "faketask" / "cell.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def fake(name, how, **more):
+    def make(name, how, **more):
         folder = tmp_path / "out" / name
         return Job(name, ("faketask.cell", how, str(folder)), "wsol", folder, **more)
 
+    return make
+
+
+def test_the_warning_before_a_time_limit_saves_and_requeues_the_cell(cluster, submitted, fake, tmp_path):
+    """submitit asks SLURM for SIGUSR2 to the whole step; here it is sent by hand, for limits are of minutes."""
+    job, records = fake("long", "saves"), tmp_path / "grid"
+    executor = submitted([job], tmp_path)
+    wait_for((job.folder / "ready").exists)
+    subprocess.run(["scancel", "--signal=USR2", read_record(records, job)["slurm"]], check=True)
+    printed, _ = executor.communicate(timeout=120)
+    assert states(printed) == {"long": "done"} and (job.folder / "saved").exists()
+    assert (job.folder / "tries").read_text() == "xx" and read_record(records, job)["restarts"] == 1
+
+
+def test_an_array_of_cells_waits_fails_and_retries_as_the_local_executor_does(
+    cluster, submitted, fake, tmp_path
+):
     pre = fake("pre", "writes", writes=tmp_path / "out" / "pre" / "made.pt")
     jobs = [
         pre,
