@@ -57,12 +57,17 @@ class Pictures:
 
 
 class TrainViews:
-    """Training batches; what they hold is `collate_ssd`'s or `collate_frcnn`'s, and "ids"."""
+    """Training batches; what they hold is `collate_ssd`'s or `collate_frcnn`'s, and "ids".
 
-    def __init__(self, images: DetectionSet, recipe: DetectionRecipe, mean: Sequence[float]) -> None:
+    With `trained` none will be asked for: nothing is decoded ahead.
+    """
+
+    def __init__(
+        self, images: DetectionSet, recipe: DetectionRecipe, mean: Sequence[float], trained: bool = False
+    ) -> None:
         self.images, self.recipe = images, recipe
         self.fill = [round(255 * v) for v in mean]
-        self.pictures = Pictures(images, recipe.length(len(images)) * recipe.batch)
+        self.pictures = Pictures(images, 0 if trained else recipe.length(len(images)) * recipe.batch)
         self.workers = min(MOST_WORKERS, os.cpu_count() or 1) if torch.cuda.is_available() else 0
 
     def __len__(self) -> int:

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     run, backbone, train_set, test_set = opened.run, opened.backbone, opened.train_set, opened.test_set
     for text in [*class_notes(train_set, test_set), *([line] if line else [])]:
         run.note(text)
-    if args.eval_only and not (run.folder / "weights.pt").exists():
+    trained = (run.folder / "weights.pt").exists()
+    if args.eval_only and not trained:
         raise UserError(f"--eval-only: {run.folder} holds no finished training; run without it first")
     if run.finished and not args.eval_only:
         return 0
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     cost = train(
         model,
         STEPS[args.detector](recipe),
-        TrainViews(train_set, recipe, backbone.mean),
+        TrainViews(train_set, recipe, backbone.mean, trained),
         recipe,
         folder=run.folder,
         key=run.keys["train"],
