@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 from contextlib import contextmanager
@@ -153,16 +154,23 @@ def test_seed_changes_the_result_and_workers_do_not(tmp_path):
     assert not equal(one, run(tmp_path / "c", seed=2))
 
 
-def test_sigterm_saves_and_asks_to_be_requeued(tmp_path):
-    def terminated(model, batch, rng, calls=[]):  # noqa: B006
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_saves_and_asks_to_be_requeued(tmp_path, number, workers):
+    calls = []
+
+    def signalled(model, batch, rng):
         calls.append(0)
         if len(calls) == 21:
-            os.kill(os.getpid(), signal.SIGTERM)
+            children = multiprocessing.active_children()
+            assert len(children) == workers
+            for process in (*[child.pid for child in children], os.getpid()):
+                os.kill(process, number)
         return step(model, batch, rng)
 
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "a", terminated)
-    assert stop.value.code == 75
+        run(tmp_path / "a", signalled, workers=workers)
+    assert stop.value.code == 75 and not multiprocessing.active_children()
     assert torch.load(tmp_path / "a" / "resume.pt", weights_only=True)["iteration"] == 11
     assert equal(run(tmp_path / "whole"), run(tmp_path / "a"))
 

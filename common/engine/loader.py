@@ -1,5 +1,6 @@
 """Micro-batches by position: iteration and micro-batch number say which images, with which random streams."""
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -8,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.engine.streams import Order, Streams
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what asks a training to save and stop
 
 
 class TrainData(Protocol):
@@ -79,7 +82,16 @@ def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
+def end_workers(batches: Iterator) -> None:
+    """End the processes behind an iterator of `make_loader`: they ignore the signal that Python ends children with."""
+    getattr(batches, "_shutdown_workers", lambda: None)()
+
+
 def _init_worker(_: int) -> None:
+    for (
+        number
+    ) in STOPPING:  # where a whole group of processes is told to stop, the training needs them to save
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     import cv2
 

@@ -26,7 +26,7 @@ from common.engine.device import (
     to_device,
     world,
 )
-from common.engine.loader import MicroBatches, Positions, TrainData, make_loader
+from common.engine.loader import STOPPING, MicroBatches, Positions, TrainData, end_workers, make_loader
 from common.engine.optim import make_optimizer, make_schedulers, wrap
 from common.engine.state import Best, Log, read_state, write_state
 from common.engine.streams import StepStreams
@@ -165,7 +165,7 @@ class _Training:
         self.model.train()
         positions = Positions(self.iteration, self.iterations, self.micros)
         batches = iter(make_loader(self.batches, positions, self.workers, pin=self.device.type == "cuda"))
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {s: signal.signal(s, self._on_signal) for s in STOPPING}
         self.clock = saved_at = time.monotonic()
         bar = progress(desc=desc, total=self.iterations, initial=self.iteration, unit="it")
         try:
@@ -195,6 +195,7 @@ class _Training:
                     saved_at = time.monotonic()
         finally:
             bar.close()
+            end_workers(batches)
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
