@@ -31,11 +31,13 @@ def class_notes(train_set: DetectionSet, test_set: DetectionSet) -> list[str]:
         "without a training object: its AP can only be 0": tested & ~trained,
         "without a test object that counts: left out of the mean": trained & ~tested,
     }
-    return [
-        f"{fired.sum()} × class {rule} (first: {test_set.classes[int(fired.argmax())]})"
-        for rule, fired in rules.items()
-        if fired.any()
-    ]
+    lines = []
+    for rule, fired in rules.items():
+        names = [test_set.classes[c] for c in np.flatnonzero(fired)]
+        if names:
+            shown = ", ".join(names[:8]) + " …" * (len(names) > 8)
+            lines.append(f"{len(names)} × class {rule} ({shown})")
+    return lines
 
 
 class Pictures:

@@ -226,8 +226,8 @@ class TestClassNotes:
         assert class_notes(train_set, test_set) == []
         test_set.labels[1][1] = 2  # of the two cubes the other is difficult
         assert class_notes(train_set, test_set) == [
-            "1 × class without a training object: its AP can only be 0 (first: cone)",
-            "1 × class without a test object that counts: left out of the mean (first: cube)",
+            "1 × class without a training object: its AP can only be 0 (cone)",
+            "1 × class without a test object that counts: left out of the mean (cube)",
         ]
 
     def test_are_said_before_training(self, devkit, backbone, tmp_path, monkeypatch, capsys):
@@ -245,7 +245,7 @@ class TestClassNotes:
         with pytest.raises(Training):
             finetune.main(finetune_args(devkit, backbone, tmp_path, "ssd300"))
         said = capsys.readouterr().out.splitlines()
-        assert "note: 1 × class without a test object that counts: left out of the mean (first: cubb)" in said
+        assert "note: 1 × class without a test object that counts: left out of the mean (cubb)" in said
         wrong = "1 × wrong size in the XML: the image's own taken (first: 000001.xml, 61 × 80 for 60 × 80)"
         assert f"note: training data: {wrong}" in said
 
