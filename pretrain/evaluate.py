@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from common.backbone import load_classifier
+from common.backbone import Backbone, load_classifier
 from common.cell import Identity, open_run
 from common.checkpoint import read_checkpoint
 from common.classify import predict_logits
@@ -52,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     recipe = as_the_file(recipe, facts, args)
     test_set = open_classification(data_or_world(args), args.limit or None, args.skip_bad)[1]
     index = class_index(facts, test_set.classes, args.backbone)
-    fingerprint = digest(*(part for k, v in model.state_dict().items() for part in (k, v.numpy().tobytes())))
     seed = facts.get("seed") or 0
     name = args.name or facts["method"]
     recipe_label = label("evaluate", [f"recipe={args.recipe}"] * bool(args.recipe) + args.set, recipe)
@@ -67,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         model=facts["arch"],
         recipe=recipe,
         recipe_label=recipe_label,
-        backbone=None,
+        backbone=as_backbone(args.backbone, model, facts, args.name),
         seed=seed,
-        train_fingerprint=fingerprint,
+        train_fingerprint=test_set.fingerprint,  # nothing is trained; rows of one column share it
         test_fingerprint=test_set.fingerprint,
         limit=args.limit,
         restart=args.restart,
@@ -140,6 +139,26 @@ def load(spec: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
         if isinstance(content, dict) and content.get("arch") in NETWORKS and "format" in content:
             return load_network(path)
     return load_classifier(spec, **options)
+
+
+def as_backbone(spec: str, model: nn.Module, facts: dict[str, Any], name: str | None = None) -> Backbone:
+    """What a cell says of a whole classifier: the fingerprint is of all its weights and of how they read an image."""
+    method, seed = facts["method"], facts.get("seed")
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    state = (part for k, v in model.state_dict().items() for part in (k, v.numpy().tobytes()))
+    return Backbone(
+        trunk=model,
+        arch=facts["arch"],
+        name=name or (f"{method}-p{seed}" if seed else method).replace("/", "_"),
+        group=method if "run_id" in facts else name or method,
+        method=method,
+        fingerprint=digest(*state, mean, std, facts.get("stride_in_1x1", False)),
+        source=spec,
+        mean=mean,
+        std=std,
+        pretrain_seed=seed,
+        report=facts.get("report", []),
+    )
 
 
 def as_the_file(recipe, facts: dict[str, Any], args):

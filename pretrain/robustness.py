@@ -46,7 +46,7 @@ from common.files import digest, write_npz
 from common.recipe import describe, label, override
 from common.transfer import data_or_world, reading, reading_arguments
 from pretrain import stress, stress_pictures
-from pretrain.evaluate import class_index, load
+from pretrain.evaluate import as_backbone, class_index, load
 from pretrain.outliers import NOISE, PAPER, Outliers, open_outliers
 from pretrain.recipes import ROBUSTNESS, TESTS, RobustnessRecipe
 from pretrain.robustness_report import PRIMARY, finish
@@ -165,22 +165,7 @@ def open_subject(
     """
     model, facts = load(spec, **reading(args))
     index = class_index(facts, test_set.classes, spec)
-    mean, std = tuple(facts["mean"]), tuple(facts["std"])
-    state = (part for k, v in model.state_dict().items() for part in (k, v.numpy().tobytes()))
-    method, seed = facts["method"], facts.get("seed")
-    backbone = Backbone(
-        trunk=model,
-        arch=facts["arch"],
-        name=name or (f"{method}-p{seed}" if seed else method).replace("/", "_"),
-        group=method if "run_id" in facts else name or method,
-        method=method,
-        fingerprint=digest(*state, mean, std, facts.get("stride_in_1x1", False)),
-        source=spec,
-        mean=mean,
-        std=std,
-        pretrain_seed=seed,
-        report=facts.get("report", []),
-    )
+    backbone = as_backbone(spec, model, facts, name)
     return Subject(model, backbone, sized(recipe, facts, args.set), index)
 
 

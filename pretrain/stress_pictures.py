@@ -16,9 +16,10 @@ ACROSS = 8
 def fgsm_examples(
     classify: Classifier, images: np.ndarray, labels: np.ndarray, epsilon: float, device: torch.device
 ) -> np.ndarray:
-    """Rows: the first images, attacked, and what was added (grey: nothing, black and white: ε)."""
-    pixels = to_pixels(images[:ACROSS], device)
-    attacked = fgsm(classify, pixels, torch.from_numpy(labels[:ACROSS]).to(device), epsilon / 255)[0]
+    """Rows: images from all over the set, attacked, and what was added (grey: nothing, black and white: ε)."""
+    some = spread(len(images))
+    pixels = to_pixels(images[some], device)
+    attacked = fgsm(classify, pixels, torch.from_numpy(labels[some]).to(device), epsilon / 255)[0]
     added = (attacked - pixels) * 255 / (2 * epsilon or 1) + 0.5
     return sheet([pixels, attacked, added])
 
@@ -47,18 +48,23 @@ def between_examples(
 def ood_examples(
     images: np.ndarray, outliers: Sequence[Outliers], readers: Sequence[Callable], device: torch.device
 ) -> np.ndarray:
-    """Rows: the first test images, then the first of each other set."""
-    rows = [images[:ACROSS], *(read(slice(0, min(ACROSS, o.count))) for o, read in zip(outliers, readers))]
+    """Rows: test images from all over the set, then the first of each other set."""
+    rows = [
+        images[spread(len(images))],
+        *(read(slice(0, min(ACROSS, o.count))) for o, read in zip(outliers, readers)),
+    ]
     return sheet([to_pixels(row, device) for row in rows])
 
 
 def _masks(recipe: RobustnessRecipe, device: torch.device) -> list[Tensor]:
     """At most `ACROSS` holes from none to the whole image."""
     sides = hole_sides(recipe.size, recipe.holes)
-    chosen = dict.fromkeys(
-        np.linspace(0, len(sides) - 1, min(ACROSS, len(sides))).round().astype(int).tolist()
-    )
-    return [central_hole(recipe.size, sides[k], device) for k in chosen]
+    return [central_hole(recipe.size, sides[k], device) for k in spread(len(sides))]
+
+
+def spread(count: int) -> list[int]:
+    """At most `ACROSS` indices, evenly from the first to the last of `count`."""
+    return list(dict.fromkeys(np.linspace(0, count - 1, min(ACROSS, count)).round().astype(int).tolist()))
 
 
 def sheet(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:

@@ -9,7 +9,7 @@ from common.files import digest
 
 MODELS = {
     **{"ssd300": "SSD300", "faster_rcnn": "Faster R-CNN", "nic": "NIC", "cam": "CAM"},
-    **{"fgsm": "FGSM", "occlusion": "Occlusion", "between": "In-between", "ood": "Other data"},
+    **{"fgsm": "FGSM", "occlusion": "Occlusion", "between": "In-between", "ood": "OOD"},
 }
 TASKS = {
     "classification": "pretraining",
