@@ -29,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     references = read_annotations(args.annotations)
     captions = read_results(args.results, references, args.annotations)
+    if args.images and not args.report:
+        raise UserError("--images are shown in the report: give --report DIR too")
     paths = find_images(args.annotations, list(references), args.images) if args.images else None
+    for path in filter(None, (args.json, args.per_image)):
+        make_folder(path.parent)  # now, not after minutes of scoring
     with Scorer(list(references.values()), args.tokenizer, args.timeout, args.spice_jar) as scorer:
         images = scorer.statistics(list(captions.values()))
     scores = {name: float(value[0]) for name, value in rescore(images).items()}
@@ -166,14 +170,14 @@ def read_results(path: Path, references: dict[Any, list[str]], annotations: Path
         captions[key] = caption
     missing = [key for key in references if key not in captions]
     for what, keys in (
-        (f"not in {annotations}", unknown),
+        (f"without a reference in {annotations}", unknown),
         ("given twice", doubled),
         (f"of {annotations} without a caption", missing),
     ):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise UserError(
-                f"{path}: image {', '.join(map(str, keys[:3]))}{more} {what}; every image needs one caption"
+                f"{path}: image {', '.join(map(repr, keys[:3]))}{more} {what}; every image needs one caption"
             )
     return {key: captions[key] for key in references}
 

@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     captioner = with_settings(load_captioner(args.run.expanduser()), args.set)
     paths = find_pictures(args.images)
+    if args.json:
+        make_folder(args.json.parent)  # now, not after minutes of work
     captions, scores = describe(captioner, paths, device)
     for path, caption, score in zip(paths, captions, scores):
         print(f"{path}: {caption or '(empty)'} ({score:.3f})")

@@ -118,7 +118,7 @@ class Scorer:
 
     def _without_ptb(self, error: JavaError) -> None:
         if self.asked == "ptb":
-            raise UserError(f"tokenizer=ptb: {error}; or take the plain one: --set tokenizer=plain") from None
+            raise UserError(f"tokenizer=ptb: {error}; or choose tokenizer=plain") from None
         self._plainly(str(error))
 
     def _plainly(self, why: str) -> None:

@@ -472,7 +472,14 @@ def test_evaluate_script(files):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda r: [*r, {"image_id": 99, "caption": "a"}], r"image 99 not in .*annotations\.json"),
+        (
+            lambda r: [*r, {"image_id": 99, "caption": "a"}],
+            r"image 99 without a reference in .*annotations\.json",
+        ),
+        (
+            lambda r: [{**e, "image_id": str(e["image_id"])} for e in r],
+            r"image '0', '1', '2' and 9 more without a ref",
+        ),
         (lambda r: r[2:], r"image 0, 1 of .*annotations\.json without a caption"),
         (lambda r: [*r, r[0]], "image 0 given twice"),
         (lambda r: [], "holds no captions"),
@@ -486,6 +493,19 @@ def test_evaluate_refuses_bad_results(files, change, message):
     (folder / "bad.json").write_text(json.dumps(change(results)))
     with pytest.raises(UserError, match=message):
         evaluate(["--annotations", str(folder / "annotations.json"), "--results", str(folder / "bad.json")])
+
+
+def test_evaluate_checks_where_it_writes_before_it_scores(files, monkeypatch):
+    folder, _ = files
+    monkeypatch.setenv("BACKBENCH_JAVA", "none")
+    fixed = ["--annotations", str(folder / "annotations.json"), "--results", str(folder / "results.json")]
+    assert evaluate([*fixed, "--json", str(folder / "new" / "scores.json")]) == 0
+    assert (folder / "new" / "scores.json").is_file()
+    monkeypatch.setattr("captioning.evaluate.Scorer", None)
+    with pytest.raises(UserError, match=r"results\.json"):
+        evaluate([*fixed, "--per-image", str(folder / "results.json" / "single.json")])
+    with pytest.raises(UserError, match="give --report DIR too"):
+        evaluate([*fixed, "--images", str(folder)])
 
 
 def test_evaluate_refuses_other_files(files):

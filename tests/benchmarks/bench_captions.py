@@ -7,6 +7,11 @@ nothing cached; `second` is another system, with words of its own, against the s
 Scorer, or by a new process that finds the cache of the first; pycocoevalcap does all its work again. Memory is the
 highest sum of resident memory of a process and its Java, sampled. Sentences are those of --annotations (any COCO
 caption file), a tenth of their words replaced to make enough of them; without it, words drawn by Zipf's law.
+
+    python tests/benchmarks/bench_captions.py --parity results.json --annotations captions_test.json
+
+compares scores instead of times, corpus by corpus and image by image: of captions in COCO's results format, of each
+image's first caption against its other ones, and of the next image's first caption.
 """
 
 import argparse
@@ -32,6 +37,9 @@ def main() -> None:
     args = arguments().parse_args()
     if args.side:
         print(json.dumps(SIDES[args.side](json.loads(args.data.read_text()))))
+        return
+    if args.parity:
+        print_parity(args.annotations, args.parity)
         return
     images = args.images or (5000 if args.full else 300)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,6 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--runs", type=int, default=3)
     made.add_argument("--annotations", type=Path, help="COCO caption annotations to take sentences from")
     made.add_argument("--json", type=Path, metavar="FILE")
+    made.add_argument("--parity", type=Path, metavar="RESULTS", help="compare scores, not times")
     made.add_argument("--side", help=argparse.SUPPRESS)
     made.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     return made
@@ -183,11 +192,44 @@ def score(scorer, captions: list[str]) -> dict[str, float]:
     return {name: float(value[0]) for name, value in rescore(scorer.statistics(captions)).items()}
 
 
+def print_parity(annotations: Path, results: Path) -> None:
+    """Every score by both sides, and the largest difference of an image's, as Markdown."""
+    from captioning.scoring import Scorer
+    from common.metrics.captions import per_image, rescore
+
+    by_image: dict = {}
+    for entry in json.loads(annotations.read_text())["annotations"]:
+        by_image.setdefault(entry["image_id"], []).append(entry["caption"])
+    said = {entry["image_id"]: entry["caption"] for entry in json.loads(results.read_text())}
+    references = list(by_image.values())
+    first = [image[0] for image in references]
+    systems = {
+        f"captions of {results.name}": ([said[key] for key in by_image], references),
+        "an image's own first caption, against its others": (first, [image[1:] for image in references]),
+        "the next image's first caption": ([*first[1:], first[0]], references),
+    }
+    java_on_path()
+    for what, (captions, truth) in systems.items():
+        theirs = their_scores(truth, captions)
+        with Scorer(truth) as scorer:
+            images = scorer.statistics(captions)
+        ours, single = rescore(images), per_image(images)
+        print(f"\n{what}: {len(captions)} images, {sum(map(len, truth))} references\n")
+        print(
+            "| metric × 100 | pycocoevalcap | backbench | corpus: difference | images: largest difference |"
+        )
+        print("|---|---|---|---|---|")
+        for name in SCORES:
+            corpus, other = float(ours[name][0]), theirs["scores"][name]
+            gap = max(abs(a - b) for a, b in zip(single[name], theirs["images"][name], strict=True))
+            print(
+                f"| {name} | {100 * other:.6f} | {100 * corpus:.6f} | {abs(corpus - other):.1e} | {gap:.1e} |"
+            )
+
+
 def theirs(data: dict) -> dict:
     """pycocoevalcap for both systems."""
-    from captioning.java import find_java
-
-    os.environ["PATH"] = f"{Path(find_java()).parent}:{os.environ['PATH']}"
+    java_on_path()
     first = their_scores(data["references"], data["first"])
     second = their_scores(data["references"], data["second"])
     return {
@@ -200,8 +242,15 @@ def theirs(data: dict) -> dict:
     }
 
 
+def java_on_path() -> None:
+    """pycocoevalcap runs `java`."""
+    from captioning.java import find_java
+
+    os.environ["PATH"] = f"{Path(find_java()).parent}:{os.environ['PATH']}"
+
+
 def their_scores(references: list[list[str]], captions: list[str]) -> dict:
-    """pycocoevalcap's tokenizer and scorers, one after the other, each timed."""
+    """pycocoevalcap's tokenizer and scorers, one after the other, each timed; scores of the corpus and of images."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -212,7 +261,7 @@ def their_scores(references: list[list[str]], captions: list[str]) -> dict:
     tokenizer = PTBTokenizer()
     truth = tokenizer.tokenize({i: [{"caption": r} for r in image] for i, image in enumerate(references)})
     result = tokenizer.tokenize({i: [{"caption": caption}] for i, caption in enumerate(captions)})
-    times, scores = {"tokens": time.monotonic() - clock}, {}
+    times, scores, images = {"tokens": time.monotonic() - clock}, {}, {}
     for name, scorer in (
         ("BLEU", Bleu(4)),
         ("ROUGE-L", Rouge()),
@@ -221,10 +270,11 @@ def their_scores(references: list[list[str]], captions: list[str]) -> dict:
     ):
         clock = time.monotonic()
         scorer = scorer or Meteor()  # starts Java
-        value = scorer.compute_score(truth, result, *([0] if name == "BLEU" else []))[0]
+        value, single = scorer.compute_score(truth, result, *([0] if name == "BLEU" else []))
         times[name] = time.monotonic() - clock
         scores |= {f"BLEU-{k + 1}": v for k, v in enumerate(value)} if name == "BLEU" else {name: value}
-    return times | {"all": time.monotonic() - began, "scores": scores}
+        images |= {f"BLEU-{k + 1}": v for k, v in enumerate(single)} if name == "BLEU" else {name: single}
+    return times | {"all": time.monotonic() - began, "scores": scores, "images": images}
 
 
 def compare(found: dict) -> None:
