@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.backbone import read_checkpoint
+from common.backbone import Backbone, read_checkpoint
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.recipe import to_json
@@ -48,21 +48,16 @@ def make_model(
 
 
 def write_facts(
-    folder: Path,
-    detector: str,
-    arch: str,
-    classes: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-    recipe: DetectionRecipe,
+    folder: Path, detector: str, backbone: Backbone, classes: Sequence[str], recipe: DetectionRecipe
 ) -> None:
     """Write model.json: beside weights.pt all that `load_detector` needs."""
     facts = {
         "detector": detector,
-        "arch": arch,
+        "arch": backbone.arch,
+        "stride_in_1x1": backbone.stride_in_1x1,
         "classes": list(classes),
-        "mean": list(mean),
-        "std": list(std),
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
     }
     write_json(folder / "model.json", {"format": FORMAT, **facts, "recipe": to_json(recipe)})
 
@@ -85,7 +80,8 @@ def load_detector(folder: Path) -> tuple[SSD300 | FasterRCNN, DetectionRecipe, l
     if facts.get("format") != FORMAT or facts["detector"] not in KINDS or facts["arch"] not in ARCHS:
         raise UserError(f"{folder / 'model.json'}: not of format {FORMAT}: update backbench, or train again")
     recipe = _recipe(KINDS[facts["detector"]], facts["recipe"], folder / "model.json")
-    model = make_model(Trunk(facts["arch"]), recipe, len(facts["classes"]), facts["mean"], facts["std"])
+    trunk = Trunk(facts["arch"], facts.get("stride_in_1x1", False))
+    model = make_model(trunk, recipe, len(facts["classes"]), facts["mean"], facts["std"])
     try:
         model.load_state_dict(read_checkpoint(folder / "weights.pt")["model"])
     except (RuntimeError, KeyError, TypeError):

@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         for note in run.notes:
             if not note.startswith("backbone: "):  # said already
                 print(f"note: {note}")
-        facts = (args.detector, backbone.arch, train_set.classes, backbone.mean, backbone.std, recipe)
-        write_facts(run.folder, *facts)
+        write_facts(run.folder, args.detector, backbone, train_set.classes, recipe)
     cost = train(
         model,
         STEPS[args.detector](recipe),

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from shapes import MEAN, STD, finetune_args
 
+from common.backbone import Backbone
 from common.data import open_detection
 from common.errors import UserError
 from common.trunk import Trunk
 from detection import finetune
 from detection import predict as predict_script
-from detection.build import load_detector
+from detection.build import load_detector, make_model, write_facts
 from detection.detect import predict
 from detection.faster_rcnn import FasterRCNN
 from detection.recipes import RECIPES
@@ -114,6 +115,18 @@ class TestPredict:
         (trained / "model.json").unlink()
         with pytest.raises(UserError, match="--eval-only"):
             load_detector(trained)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_stride_of_a_bottleneck_is_kept(tmp_path, inside):
+    """Where it stands cannot be seen in the weights."""
+    backbone = Backbone(Trunk("resnet50", inside), "resnet50", "a", "a", "", "", "", stride_in_1x1=inside)
+    recipe = RECIPES["ssd300"]["smoke"]
+    model = make_model(backbone.trunk, recipe, 2, MEAN, STD)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
+    write_facts(tmp_path, "ssd300", backbone, ["ball", "cube"], recipe)
+    block = load_detector(tmp_path)[0].trunk.layer2[0]
+    assert (block.conv1.stride, block.conv2.stride) == (((2, 2), (1, 1)) if inside else ((1, 1), (2, 2)))
 
 
 def test_predictions_do_not_depend_on_the_batch(devkit, backbone):
