@@ -108,7 +108,10 @@ def export_arguments(exporting: argparse.ArgumentParser) -> None:
 
 def verify_arguments(verify: argparse.ArgumentParser) -> None:
     verify.add_argument(
-        "spec", metavar="KIND:DIR", help="imagenet, cifar10, cifar100, cub, voc, coco, captions or folder"
+        "spec",
+        metavar="KIND:DIR",
+        help="imagenet, ilsvrc (with boxes), tiny_imagenet, cifar10, cifar100, cub, voc, coco, captions or folder, "
+        "with the options of --data, e.g. voc:VOCDEVKIT,year=2007+2012",
     )
     verify.add_argument("--full", action="store_true", help="read every image, not a sample")
 

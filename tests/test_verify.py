@@ -7,6 +7,7 @@ import pytest
 from conftest import write_class_folders
 from PIL import Image
 from test_cifar import write_cifar
+from test_wsol_data import WNIDS, ilsvrc, tiny_imagenet, write_xml
 
 from common import cli
 from common.data import verify as module
@@ -61,7 +62,7 @@ def test_the_missing_piece_is_named(tmp_path, capsys):
     assert code == 1 and "classes.txt" in lines(out, "PROBLEM")[0]
     code, out = run(capsys, f"voc:{tmp_path / 'none'}")
     assert code == 1 and "no such folder" in lines(out, "PROBLEM")[0]
-    with pytest.raises(UserError, match="KIND one of imagenet, cifar10"):
+    with pytest.raises(UserError, match="KIND one of imagenet, ilsvrc, tiny_imagenet, cifar10"):
         verify(str(tmp_path))
     with pytest.raises(UserError, match="'yeer' is no option"):
         verify("voc:/x,yeer=2007")
@@ -104,6 +105,47 @@ def test_imagenet_whole(tmp_path, capsys, monkeypatch):
     assert {"train: 732 to 1,300 images in every class", "val: 50 images in every class"} <= set(
         lines(out, "ok")
     )
+
+
+def test_ilsvrc_counts_images_and_boxes(tmp_path, capsys, monkeypatch):
+    published = module.IMAGENET, module.IMAGENET_BOXED, module.IMAGENET_VAL_BOXES
+    assert published == ({"train": 1_281_167, "val": 50_000}, 544_546, 80_477)
+    root, boxes = ilsvrc(tmp_path / "a", nested=False), write_xml(tmp_path / "xml")
+    code, out = run(capsys, f"ilsvrc:{root},boxes={boxes}")
+    problems = "\n".join(lines(out, "PROBLEM"))
+    assert code == 1 and f"{root / 'train'}: 2 of 1000 classes; missing: n01484850, " in problems
+    assert "a subset: 3 of the 50,000 val images that are published" in problems
+    assert lines(out, "differs") == ["a subset: 4 of the 80,477 val boxes that are published"]
+    train_boxes = tmp_path / "train.txt"
+    train_boxes.write_text(f"train/{WNIDS[0]}/{WNIDS[0]}_0.JPEG,1,1,5,5\n" * 2)
+    monkeypatch.setattr(module, "IMAGENET", {"train": 4, "val": 3})
+    monkeypatch.setattr(module, "IMAGENET_VAL_BOXES", 4)
+    out = run(capsys, f"ilsvrc:{root},boxes={boxes},train_boxes={train_boxes}")[1]
+    assert {"4 train images, as published", "3 val images, as published", "4 val boxes, as published"} <= set(
+        lines(out, "ok")
+    )
+    assert lines(out, "differs") == ["a subset: 1 of the 544,546 train images with boxes that are published"]
+    assert "has no train/" in run(capsys, f"ilsvrc:{root / 'train'}")[1]
+
+
+def test_tiny_imagenet(tmp_path, capsys, monkeypatch):
+    assert (module.TINY_IMAGENET, module.TINY_CLASSES) == ({"train": 100_000, "val": 10_000}, 200)
+    root = tiny_imagenet(tmp_path)
+    code, out = run(capsys, f"tiny_imagenet:{root}")
+    problems = "\n".join(lines(out, "PROBLEM"))
+    assert code == 1 and f"2 of 200 classes: {WNIDS[0]}, {WNIDS[1]}" in problems
+    assert "a subset: 4 of the 100,000 train images that are published" in problems
+    monkeypatch.setattr(module, "TINY_CLASSES", 2)
+    monkeypatch.setattr(module, "TINY_IMAGENET", {"train": 4, "val": 3})
+    code, out = run(capsys, f"tiny_imagenet:{root}")
+    assert code == 1 and lines(out, "PROBLEM") == ["val: 1 to 2 images a class, not equally many"]
+    monkeypatch.setattr(module, "TINY_IMAGENET", {"train": 4, "val": 2})
+    (root / "val" / "images" / "val_2.JPEG").unlink()
+    code, out = run(capsys, f"tiny_imagenet:{root}")
+    assert code == 0 and "train: 4 images have their box" in lines(out, "ok")
+    (root / "train" / WNIDS[0] / f"{WNIDS[0]}_boxes.txt").write_text(f"{WNIDS[0]}_0.JPEG\t0\t0\t63\t63\n")
+    out = run(capsys, f"tiny_imagenet:{root}")[1]
+    assert lines(out, "PROBLEM") == ["train: 3 images have their box"]
 
 
 @pytest.mark.parametrize("kind, version", [("cifar10", "python"), ("cifar100", "binary")])

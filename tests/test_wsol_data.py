@@ -152,9 +152,9 @@ def test_an_image_in_training_and_scoring_is_refused(tmp_path):
         open_localisation(f"ilsvrc:{root}")
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
+def tiny_imagenet(folder: Path) -> Path:
+    """Two classes, two training images each; three validation images."""
+    root = folder / "tiny-imagenet-200"
     for wnid in WNIDS:
         for number in range(2):
             picture(root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", (64, 64))
@@ -165,6 +165,11 @@ def tiny(tmp_path):
     rows = [f"val_{n}.JPEG\t{WNIDS[n % 2]}\t0\t32\t44\t62" for n in range(3)]
     (root / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
     return root
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return tiny_imagenet(tmp_path)
 
 
 def test_tiny_imagenet(tiny):

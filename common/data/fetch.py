@@ -95,8 +95,8 @@ That makes {root}/imagenet/train/<wnid>/ and val/<wnid>/. Then:
     "imagenet-boxes": """\
 The validation boxes of ILSVRC2012 are on the same page as its images (an account is needed):
   https://image-net.org/challenges/LSVRC/2012/2012-downloads.php   ILSVRC2012_bbox_val_v3.tgz
-Give them to localisation as one CSV of path,x0,y0,x1,y1 in shares of width and height, several rows an image:
-  folder:{root}/imagenet,boxes=FILE""",
+Unpack them into {root}/imagenet-boxes, a folder of XML files. Then:
+  backbench verify ilsvrc:{root}/imagenet,boxes={root}/imagenet-boxes""",
     "flickr8k": """\
 Flickr8k is given out on request by its authors (https://hockenmaier.cs.illinois.edu). Lay it out as
   {root}/flickr8k/images/*.jpg and {root}/flickr8k/annotations/captions_{{train,val,test}}.json in COCO's format. Then:

@@ -17,8 +17,10 @@ from common.data.coco import read_coco
 from common.data.cub import read_cub
 from common.data.decode import read_headers, read_rgb
 from common.data.folder import read_folder
+from common.data.ilsvrc import read_ilsvrc
 from common.data.layout import need_folder
 from common.data.spec import DataSpec, parse_data
+from common.data.tiny_imagenet import read_tiny_imagenet
 from common.data.types import CaptionSet, DetectionSet, ImageSet
 from common.data.voc import read_voc
 from common.errors import UserError
@@ -39,6 +41,10 @@ COCO = {
     "val2017": (5_000, 25_014),
 }
 IMAGENET = {"train": 1_281_167, "val": 50_000}
+IMAGENET_BOXED = 544_546  # training images that have boxes
+IMAGENET_VAL_BOXES = 80_477
+TINY_IMAGENET = {"train": 100_000, "val": 10_000}
+TINY_CLASSES = 200
 IMAGENETTE = {"train": 9_469, "val": 3_925}
 CUB = {"train": 5_994, "test": 5_794}
 CIFAR = {"train": 50_000, "test": 10_000}
@@ -72,8 +78,9 @@ class Findings:
 def verify(text: str, full: bool = False, sample: int = SAMPLE) -> int:
     """Verify `KIND:PATH`, printing what is found; 0 when it is fine and 1 when there are problems.
 
-    Kinds: imagenet, cifar10, cifar100, cub, voc, coco, captions, folder. The first four name one published set, so
-    whatever lacks is a problem; of the others a difference from the published numbers is said and no problem.
+    Kinds: imagenet, ilsvrc (its boxes too), tiny_imagenet, cifar10, cifar100, cub, voc, coco, captions, folder. All
+    but the last four name one published set, so whatever lacks is a problem; of voc, coco, captions and folder (and of
+    ilsvrc's boxes) a difference from the published numbers is said and no problem.
     `sample` images are decoded, with `full` all. Raises UserError for what is no data spec.
     """
     kind, _, rest = text.strip().partition(":")
@@ -130,6 +137,23 @@ def _imagenet(spec: DataSpec, findings: Findings) -> dict[str, AnySet]:
             f"{flat}: the validation images are not sorted into val/<wnid>/; torchvision.datasets.ImageNet sorts them"
         )
     parts = dict(zip(("train", "val"), read_folder(spec)))
+    _thousand_classes(root / "train", parts, findings)
+    return parts
+
+
+def _ilsvrc(spec: DataSpec, findings: Findings) -> dict[str, AnySet]:
+    train, val = read_ilsvrc(spec)
+    _thousand_classes(train.paths[0].parents[1], {"train": train, "val": val}, findings)
+    if train.boxes is not None:
+        boxed = int(train.boxed.sum())
+        findings.count("train images with boxes", boxed, IMAGENET_BOXED)
+    if val.boxes is not None:
+        findings.count("val boxes", sum(map(len, val.boxes)), IMAGENET_VAL_BOXES)
+    return {"train": train, "val": val}
+
+
+def _thousand_classes(folder: Path, parts: dict[str, ImageSet], findings: Findings) -> None:
+    """Are these ILSVRC2012's classes, all of them, with as many images as published? `folder` names them."""
     classes = parts["train"].classes
     known = _synsets()
     if known:
@@ -141,7 +165,7 @@ def _imagenet(spec: DataSpec, findings: Findings) -> dict[str, AnySet]:
     else:
         lacking = f"; missing: {_few(lost)}" if lost else ""
         strange = f"; not of ILSVRC2012: {_few(foreign)}" if foreign else ""
-        findings.say("PROBLEM", f"{root / 'train'}: {len(classes)} of 1000 classes{lacking}{strange}")
+        findings.say("PROBLEM", f"{folder}: {len(classes)} of 1000 classes{lacking}{strange}")
     for name, part in parts.items():
         findings.count(f"{name} images", len(part), IMAGENET[name], "PROBLEM")
         sizes = np.bincount(part.labels, minlength=len(classes))
@@ -153,6 +177,22 @@ def _imagenet(spec: DataSpec, findings: Findings) -> dict[str, AnySet]:
             findings.say("PROBLEM", f"{name}: {len(shown)} classes without {expected} images: {_few(shown)}")
         else:
             findings.say("ok", f"{name}: {expected} images in every class")
+
+
+def _tiny_imagenet(spec: DataSpec, findings: Findings) -> dict[str, AnySet]:
+    parts = dict(zip(("train", "val"), read_tiny_imagenet(spec)))
+    classes = parts["train"].classes
+    state = "ok" if len(classes) == TINY_CLASSES else "PROBLEM"
+    findings.say(state, f"{len(classes)} of {TINY_CLASSES} classes: {_few(classes)}")
+    for name, part in parts.items():
+        findings.count(f"{name} images", len(part), TINY_IMAGENET[name], "PROBLEM")
+        sizes = np.bincount(part.labels, minlength=len(classes))
+        if len(part) == TINY_IMAGENET[name] and (sizes != sizes[0]).any():
+            findings.say(
+                "PROBLEM", f"{name}: {sizes.min()} to {sizes.max()} images a class, not equally many"
+            )
+        lost = int((~part.boxed).sum())
+        findings.say("PROBLEM" if lost else "ok", f"{name}: {len(part) - lost:,} images have their box")
     return parts
 
 
@@ -272,6 +312,8 @@ def _published_coco(part: AnySet, which: int) -> int | None:
 
 CHECKS: dict[str, Callable[[DataSpec, Findings], dict[str, AnySet]]] = {
     "imagenet": _imagenet,
+    "ilsvrc": _ilsvrc,
+    "tiny_imagenet": _tiny_imagenet,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "cub": _cub,
