@@ -224,6 +224,8 @@ def test_what_slurm_refuses_is_one_line(cluster, tmp_path):
         slurm.run_slurm([job], tmp_path / "grid", {"partition": "nowhere"}, lambda job: False)
     with pytest.raises(UserError, match="--slurm"):
         slurm.make_executor(tmp_path, {"nonsense": 1})
+    with pytest.raises(UserError, match="gpus_per_node=4: a cell is one process on one GPU"):
+        slurm.make_executor(tmp_path, {"gpus_per_node": 4})
 
 
 def test_without_slurm_the_executor_says_so(tmp_path, monkeypatch):

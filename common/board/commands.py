@@ -83,7 +83,11 @@ def run_arguments(run: argparse.ArgumentParser) -> None:
         choices=("local", "slurm", "print"),
         help="processes here, SLURM job arrays, or one command a line (default: local)",
     )
-    run.add_argument("--slots", type=int, help="cells at a time, a GPU or sharing the cores (default: 1)")
+    run.add_argument(
+        "--slots",
+        type=int,
+        help="cells at a time on each GPU (a cell takes one), or sharing the cores (default: 1)",
+    )
     run.add_argument(
         "--slurm",
         nargs="*",

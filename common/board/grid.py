@@ -6,7 +6,9 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,7 +102,10 @@ def has_cell(job: Job) -> bool:
 
 
 def places(slots: int) -> list[dict[str, str]]:
-    """What distinguishes the cells that run together: `slots` a GPU, or `slots` that share the cores."""
+    """What distinguishes the cells that run together: `slots` a GPU, or `slots` that share the cores.
+
+    A cell is one process on one GPU, and sees no other.
+    """
     gpus = visible_gpus()
     every = [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(slots) for gpu in gpus] or [
         {} for _ in range(slots)
@@ -110,15 +115,30 @@ def places(slots: int) -> list[dict[str, str]]:
 
 @functools.cache
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs cells may use: of $CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """The GPUs cells may use, each as CUDA_VISIBLE_DEVICES names it: those of that variable, else all there are.
+
+    A name that CUDA does not know (-1, NoDevFiles) hides itself and all behind it, as it does from CUDA.
+    """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return tuple(gpu for gpu in chosen.split(",") if gpu.strip() not in ("", "-1"))
+        names = [name.strip() for name in chosen.split(",")]
+        return tuple(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    return tuple(str(n) for n, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU "))
+    return listed_gpus(listed.stdout)
+
+
+def listed_gpus(text: str) -> tuple[str, ...]:
+    """The devices of `nvidia-smi -L`: a GPU by its number, one that is split (MIG) by the names of its parts."""
+    found: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith("GPU "):
+            found.append([])
+        elif found and (part := re.search(r"UUID: (MIG-[^)]+)", line)):
+            found[-1].append(part[1])
+    return tuple(name for number, parts in enumerate(found) for name in parts or [str(number)])
 
 
 def start(job: Job, records: Path, place: dict[str, str], **facts: Any) -> Running:

@@ -24,6 +24,13 @@ from common.files import make_folder
 from common.keys import ROOT
 
 PLAIN = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")  # submitit's own; others are SLURM's
+SINGLE = (
+    "nodes",
+    "tasks_per_node",
+    "ntasks_per_node",
+    "gpus_per_node",
+    "gpus_per_task",
+)  # of a cell, at most one
 POLL_SECONDS = 1.0
 
 
@@ -131,7 +138,13 @@ def run_slurm(
 
 
 def make_executor(folder: Path, parameters: dict[str, Any]) -> Any:
-    """submitit's executor for SLURM. Raises UserError when it is not there, or for an unknown parameter."""
+    """submitit's executor for SLURM. Raises UserError without it, and for an unknown parameter or several GPUs."""
+    for name in SINGLE:
+        if str(parameters.get(name, 1)) not in ("0", "1"):
+            raise UserError(
+                f"--slurm {name}={parameters[name]}: a cell is one process on one GPU; --executor print prints the "
+                "commands, and torchrun runs one on several"
+            )
     try:
         import submitit
     except ImportError:
