@@ -20,9 +20,9 @@ def roc(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(true, false) positive rates, each (R, k): k − 1 thresholds, the distinct confidences, from the highest down.
 
-    inside (n,), outside (m,): confidences of in-distribution and of other images; weights (R, n) and (R, m), None for
-    ones. An image is accepted when its confidence is at or above the threshold; the first point accepts none. A row
-    whose weights of one side sum to 0 is NaN there.
+    inside (n,), outside (m,): confidences of in-distribution and of other images; weights (R, n) and (R, m), or None of
+    both for ones. An image is accepted when its confidence is at or above the threshold; the first point accepts none.
+    A row whose weights of one side sum to 0 is NaN there.
     """
     inside, outside = np.asarray(inside, np.float64), np.asarray(outside, np.float64)
     thresholds = np.append(-np.inf, np.unique(-np.concatenate([inside, outside])))
