@@ -73,6 +73,27 @@ def test_status_of_changed_data(tmp_path, facts, class_folders):
     assert "predict: data=" in status.why[0] and str(data) in status.why[0]
 
 
+def test_status_of_an_image_edited_in_place(tmp_path, facts, class_folders):
+    """Another size is another input; the same size with other pixels is said, by name, beside a cell that is done."""
+    data = tmp_path / "data"
+    shutil.copytree(class_folders, data)
+    job = pretrain_job("cutmix", tmp_path / "p", recipe="smoke", arch="resnet18_half", data=f"folder:{data}")
+    finish(job, facts)
+    job.writes.touch()
+    image = data / "val" / "cat" / "3.jpg"
+    content = image.read_bytes()
+    written = (job.folder / "cell.json").stat().st_mtime
+    image.write_bytes(content[:-2] + b"\xff\xd9")
+    os.utime(image, (written - 60, written - 60))
+    assert look(job, tmp_path, Facts(facts.file)) == Status(job, "done")
+    os.utime(image, (written + 60, written + 60))
+    status = look(job, tmp_path, Facts(facts.file))
+    assert status.state == "done" and len(status.why) == 1 and str(image) in status.why[0]
+    image.write_bytes(content + b"\0")
+    status = look(job, tmp_path, Facts(facts.file))
+    assert (status.state, status.stage) == ("stale", "predict")
+
+
 def test_status_failed_running_and_to_do(tmp_path, facts, finished):
     job, file = finished
     records = tmp_path / "results" / "grid"

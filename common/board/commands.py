@@ -32,6 +32,12 @@ The folder can be copied into another one's: cells that both have are the same c
     pandas.json_normalize([json.loads(p.read_text()) for p in Path("results").rglob("cell.json")])
 """
 
+STATUS_HELP = """
+A cell is stale when a recipe field, the weights, an annotation file, or the names or sizes of its images are others
+than it was made of. What is inside an image is in no key: one that was written after the cell is named below it, and
+`backbench verify DATA --full` reads them all. Changed code is shown as drift; `run --strict-code` computes such cells.
+"""
+
 
 def run_arguments(run: argparse.ArgumentParser) -> None:
     """The arguments of `backbench run`; the same names are the keys of a TOML file."""
@@ -111,6 +117,7 @@ def run_arguments(run: argparse.ArgumentParser) -> None:
 
 def status_arguments(status: argparse.ArgumentParser) -> None:
     """The arguments of `backbench status`."""
+    status.epilog = STATUS_HELP
     status.add_argument(
         "grid", type=Path, metavar="FOLDER|GRID.toml", help="a results folder, or a grid's TOML file"
     )

@@ -1,7 +1,7 @@
 """What a plan needs to know of data, weights, recipes and code, remembered as long as their files stay as they are.
 
 So `backbench status` reads no data set, loads no weights and imports no torch unless something changed. A data set's
-state is its files' names, with size and time of those that are not images; what is inside an image counts nowhere.
+state is its files' names and sizes, with the time of those that are not images; what is inside an image is in no key.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class Facts:
 
         Raises UserError as the room's reader does.
         """
-        state = self._data_state(spec)
+        state, _ = self._files(spec)
 
         def read() -> dict[str, Any]:
             import common.data
@@ -103,15 +103,21 @@ class Facts:
 
         return self.get("data", room, spec, limit, val_share, state, self.reading, compute=read)
 
+    def newest_image(self, spec: str) -> tuple[float, str]:
+        """When the image of a data spec that was written last was, in seconds, and its path; (0, "") without images."""
+        return self._files(spec)[1]
+
     @functools.cache  # noqa: B019 - as long as the process
-    def _data_state(self, spec: str) -> str:
+    def _files(self, spec: str) -> tuple[str, tuple[float, str]]:
+        """The state of a data spec's files, and the newest image among them."""
         parsed = parse_data(spec)
         if parsed.kind == "scenes":
-            return os.environ.get("BACKBENCH_CACHE", "")
+            return os.environ.get("BACKBENCH_CACHE", ""), (0.0, "")
         values = [v for v in (parsed.path, *parsed.options.values()) if v]
         bases = [Path(), Path(parsed.path)] if parsed.path else [Path()]
         found = [base / v for v in values for base in bases]
-        return digest(*(_tree(path) for path in dict.fromkeys(found) if path.exists()))
+        trees = [_tree(path) for path in dict.fromkeys(found) if path.exists()]
+        return digest(*(state for state, _ in trees)), max((newest for _, newest in trees), default=(0.0, ""))
 
     def backbone(self, spec: str) -> dict[str, Any]:
         """label, group, method, arch, seed of pretraining, fingerprint and megabytes of a backbone, loaded and checked.
@@ -200,20 +206,28 @@ def _state(paths: Iterable[Path]) -> str:
     return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
-def _tree(path: Path) -> str:
-    """The state of a file, or of all below a folder: every name, and size and time of those that are not images."""
+def _tree(path: Path) -> tuple[str, tuple[float, str]]:
+    """The state of a file, or of all below a folder, and the newest image with its time in seconds.
+
+    The state is every name and size, and the time of those that are not images: a copy of an image is the same image.
+    """
     if path.is_file():
-        return _state([path.absolute()])
-    lines, folders = [], [str(path.absolute())]
+        return _state([path.absolute()]), (0.0, "")
+    lines, folders, newest = [], [str(path.absolute())], (0.0, "")
     while folders:
-        folder = folders.pop()
-        with os.scandir(folder) as entries:
+        with os.scandir(folders.pop()) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.is_dir():
                     folders.append(entry.path)
-                elif entry.name.lower().endswith(IMAGES):
-                    lines.append(entry.path)
-                else:
+                    continue
+                try:
                     stat = entry.stat()
+                except OSError:  # a link to nothing: its reader will say so
+                    lines.append(entry.path)
+                    continue
+                if entry.name.lower().endswith(IMAGES):
+                    lines.append(f"{entry.path} {stat.st_size}")
+                    newest = max(newest, (stat.st_mtime, entry.path))
+                else:
                     lines.append(f"{entry.path} {stat.st_size} {stat.st_mtime_ns}")
-    return digest("\n".join(lines))
+    return digest("\n".join(lines)), newest

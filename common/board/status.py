@@ -89,11 +89,21 @@ def _finished(job: Job, cell: dict[str, Any], expected: _Expected) -> Status:
     inputs = expected.inputs(job)
     keys = stage_keys(inputs)
     if keys == cell["keys"]:
-        return Status(job, "done", drifted=drifted)
+        return Status(job, "done", _newer_image(job, expected.facts), drifted)
     stage = next(s for s in STAGES if keys[s] != cell["keys"].get(s))
     before = cell["inputs"]
     changed = [f"{s}: {line}" for s in STAGES for line in differences(before.get(s, {}), inputs[s])]
     return Status(job, "stale", tuple(_plainly(line, job) for line in changed), drifted, stage)
+
+
+def _newer_image(job: Job, facts: Facts) -> tuple[str, ...]:
+    """A line about an image that was written after the cell: its name and size are in the keys, its pixels are not."""
+    written, image = facts.newest_image(job.data)
+    if written <= (job.folder / "cell.json").stat().st_mtime:
+        return ()
+    return (
+        f"{image} was written after this cell; pixels are in no key: `backbench rerun` shows what they change",
+    )
 
 
 def _plainly(line: str, job: Job) -> str:
