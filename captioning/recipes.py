@@ -106,6 +106,8 @@ class CaptionRecipe(Recipe):
                 raise UserError(f"recipe: {name}={getattr(self, name)}, it must be at least 1")
         if self.words == "ptb" and self.punctuation:
             raise UserError("recipe: words=ptb drops punctuation: --set punctuation=false")
+        if self.alpha < 0:  # Wu's penalty would fall with length, and the search could not stop early
+            raise UserError(f"recipe: alpha={self.alpha}, it must not be negative")
         if not 0 <= self.dropout < 1:
             raise UserError(f"recipe: dropout={self.dropout}, it is a share, from 0 to below 1")
         for resize, size in (self.crop(False), self.crop(True)):
