@@ -76,7 +76,7 @@ def rerun_arguments(rerun: argparse.ArgumentParser) -> None:
 
 
 def board_arguments(board: argparse.ArgumentParser) -> None:
-    board.add_argument("folder", type=Path)
+    board.add_argument("folder", type=Path, help="results folder, e.g. results or demo")
     board.add_argument("--baseline", default="baseline", help="the backbone that differences are taken to")
     for kind, what in (("json", "JSON"), ("csv", "CSV"), ("markdown", "Markdown"), ("latex", "LaTeX")):
         board.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"also write it as {what}")
@@ -87,13 +87,13 @@ def board_arguments(board: argparse.ArgumentParser) -> None:
 
 
 def report_arguments(report: argparse.ArgumentParser) -> None:
-    report.add_argument("folder", type=Path)
+    report.add_argument("folder", type=Path, help="results folder, e.g. results or demo")
     report.add_argument("--out", type=Path, help="the file (default: FOLDER/report.html)")
     report.add_argument("--baseline", default="baseline", help="the backbone that differences are taken to")
 
 
 def list_arguments(listing: argparse.ArgumentParser) -> None:
-    listing.add_argument("folder", type=Path)
+    listing.add_argument("folder", type=Path, help="results folder, e.g. results or demo")
 
 
 def export_arguments(exporting: argparse.ArgumentParser) -> None:
@@ -101,7 +101,7 @@ def export_arguments(exporting: argparse.ArgumentParser) -> None:
     from common.transfer import reading_arguments
 
     exporting.add_argument("backbone", help="a checkpoint file, torchvision:NAME or timm:NAME")
-    exporting.add_argument("--to", required=True, choices=TARGETS)
+    exporting.add_argument("--to", required=True, choices=TARGETS, help="the library")
     exporting.add_argument("--out", type=Path, required=True, help="the file")
     reading_arguments(exporting)
 

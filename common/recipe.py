@@ -173,6 +173,8 @@ def describe(recipes: dict[str, Fields]) -> str:
     first = next(iter(recipes.values()))
     lines = [f"recipe fields (--set field=value), their value in {' | '.join(recipes)}, [source], meaning:"]
     for field in dataclasses.fields(first):
+        if not field.metadata["help"]:  # not the user's to set
+            continue
         values = [_show(getattr(recipe, field.name)) for recipe in recipes.values()]
         shown = values[0] if len(set(values)) == 1 else " | ".join(values)
         choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
@@ -200,7 +202,11 @@ def parser(description: str, recipes: dict[str, Recipe], default: str) -> argpar
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
-        "--recipe", default=default, choices=list(recipes), help=f"named recipe (default: {default})"
+        "--recipe",
+        default=default,
+        choices=list(recipes),
+        help="named recipe: smoke and tiny are for the embedded world, mini for real data on one GPU, paper as "
+        f"published (default: {default})",
     )
     made.add_argument(
         "--set",

@@ -193,8 +193,12 @@ def _check_adoption(run: Run, backbone: Backbone, train_set: Any, device: torch.
 
 
 def data_or_world(args: argparse.Namespace) -> str:
-    """The data spec of the command line, or the embedded world, which is said."""
+    """The data spec of the command line, or the embedded world, which is said; so is a recipe that is made for it."""
     if args.data:
+        if args.recipe == "tiny" and not args.data.startswith("scenes") and is_main():
+            print(
+                "recipe tiny: sizes and lengths for the embedded world; for other data see --recipe mini, paper"
+            )
         return args.data
     spec = "scenes:size=smoke" if args.recipe == "smoke" else "scenes"
     if is_main():

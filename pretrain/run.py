@@ -128,8 +128,8 @@ def arguments():
     made.add_argument(
         "--data",
         metavar="KIND:PATH",
-        help="folder:DIR with train/CLASS/… and val/CLASS/…, cifar10:DIR, cifar100:DIR, cub:DIR, or scenes, the "
-        "embedded world (default)",
+        help="folder:DIR with train/CLASS/… and val/CLASS/…, ilsvrc:DIR, tiny_imagenet:DIR, cifar10:DIR, "
+        "cifar100:DIR, cub:DIR, or scenes, the embedded world (default)",
     )
     made.add_argument(
         "--out", type=Path, help="run folder; the backbone file is OUT/METHOD.pt (default: runs/METHOD)"
