@@ -133,7 +133,7 @@ ONLY = {  # the tests a field belongs to; one that is not here belongs to all
 class RobustnessRecipe(Fields):
     """How a trained classifier is tested (paper, section 4.4 and appendix E): one test's part of it names its cell."""
 
-    test: str = knob("", "which test this is of: --tests says it", "", stage="")
+    test: str = knob("", "", "", stage="")  # --tests says which
     size: int = knob(224, "side of the test images in pixels; unless set, as the file was trained", "P")
     resize: int = knob(256, "short side before the centre crop; unless set, as the file was trained", "C")
     resize_backend: str = knob(

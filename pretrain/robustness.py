@@ -1,7 +1,7 @@
 """Robustness and uncertainty of trained classifiers (the paper's section 4.4): four tests, a cell for each.
 
-    python pretrain/robustness.py --backbone runs/*/*.pt --data folder:DIR --recipe paper
-    python pretrain/robustness.py --backbone torchvision:resnet50 --data folder:ILSVRC --tests fgsm occlusion between
+    python pretrain/robustness.py --backbone runs/baseline/baseline.pt runs/cutmix/cutmix.pt --data folder:DIR
+    python pretrain/robustness.py --backbone torchvision:resnet50 --data folder:ILSVRC --tests fgsm --recipe paper
     python pretrain/robustness.py --backbone pyramidnet.pt --data cifar100:DIR --tests ood \\
         --ood uniform gaussian isun=folder:iSUN tiny_imagenet_crop=folder:tiny-imagenet-200/test,crop
 
@@ -42,7 +42,7 @@ from common.data.pictures import write_jpeg
 from common.data.types import ImageSet
 from common.engine import is_main, pick_device
 from common.errors import UserError, run_main
-from common.files import digest, write_npz
+from common.files import digest, read_json, write_json, write_npz
 from common.recipe import describe, label, override
 from common.transfer import data_or_world, reading, reading_arguments
 from pretrain import stress, stress_pictures
@@ -193,10 +193,11 @@ def evaluate(
     if test == "fgsm" and recipe.precision == "auto":
         recipe = replace(recipe, precision="fp32")
     name, data = label(args.recipe, args.set, recipe), test_set.fingerprint
+    others = outliers if test == "ood" else ()
     if test == "ood":
-        others = sorted(one.name for one in outliers)
-        name += "" if others == sorted(PAPER) else f"+ood={'_'.join(others)}"
-        data = digest(data, [(one.name, one.fingerprint) for one in outliers])
+        sets = sorted(one.name for one in others)
+        name += "" if sets == sorted(PAPER) else f"+ood={'_'.join(sets)}"
+        data = digest(data, [(one.name, one.fingerprint) for one in others])
     run = open_run(
         args.out,
         task="robustness",
@@ -210,13 +211,14 @@ def evaluate(
         test_fingerprint=data,
         limit=args.limit,
         restart=args.restart,
-        skip_bad=len(test_set.skipped),
+        skip_bad=len(test_set.skipped) + sum(len(one.images.skipped) for one in others if one.images),
     )
     if run.finished:
         print(f"finished already: {run.folder}")
         return
+    own_command(run, backbone, test)
     run.note_data([], test_set.report)
-    for one in outliers if test == "ood" else ():
+    for one in others:
         for line in one.images.report if one.images else ():
             run.note(f"{one.name}: {line}")
     truth = {"labels": subject.index[test_set.labels]}
@@ -226,10 +228,10 @@ def evaluate(
             raise UserError(f"{test_set.name}: {len(ids)} test image; pairs need two")
         truth["pairs"] = stress.draw_pairs(len(ids), recipe.pairs, args.seed)
     if test == "ood":
-        counts = [len(ids), *(one.count for one in outliers)]
+        counts = [len(ids), *(one.count for one in others)]
         truth["set"] = np.repeat(np.arange(len(counts)), counts)
-        truth["sets"] = np.array([one.name for one in outliers])
-        ids += [one_id for one in outliers for one_id in one.ids]
+        truth["sets"] = np.array([one.name for one in others])
+        ids += [one_id for one in others for one_id in one.ids]
     if not run.done("predict"):
         with run.stage("predict", files=["predictions.npz", "examples.jpg"]):
             predict(run, subject, truth, test_set, outliers, device)
@@ -247,6 +249,20 @@ def evaluate(
         f"{backbone.name} {test}: {primary} {100 * found['metrics'][primary]:.1f} % (chance "
         f"{100 * found['chance'][primary]:.1f}) → {run.folder}"
     )
+
+
+def own_command(run: Run, backbone: Backbone, test: str) -> None:
+    """Let the cell's provenance name the command of this cell alone, which `backbench rerun` repeats."""
+    made = read_json(run.folder / "provenance.json")
+    kept, several = [], False
+    for part in made.get("command", ()):
+        if part.startswith("--"):
+            several = part.partition("=")[0] in ("--backbone", "--name", "--tests")
+        if not several:
+            kept.append(part)
+    if kept:
+        made["command"] = [*kept, "--backbone", backbone.source, "--name", backbone.name, "--tests", test]
+        write_json(run.folder / "provenance.json", made)
 
 
 def predict(

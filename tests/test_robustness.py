@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -379,6 +380,21 @@ def test_the_same_command_repeats_nothing_and_goes_on_after_a_death(
     assert capsys.readouterr().out.count("finished already") == 4
     for path, content in before.items():
         assert (tmp_path / "again" / path).read_bytes() == content, path
+
+
+def test_a_cell_names_the_command_of_itself_alone(monkeypatch, tmp_path, trained, class_folders):
+    script = Path(robustness.__file__)
+    arguments = ["--name", "a", "b", "--recipe", "smoke", "--tests", "fgsm", "occlusion", "--limit", "6"]
+    files = [str(trained / f"{name}/{name}.pt") for name in ("baseline", "cutmix")]
+    arguments += ["--backbone", *files, "--data", f"folder:{class_folders}", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [str(script), *arguments])
+    robustness.main(arguments)
+    path = next(tmp_path.rglob("robustness/occlusion/*/b/seed0/provenance.json"))
+    command = json.loads(path.read_text())["command"]
+    assert command[0] == "pretrain.robustness" and command[-2:] == ["--tests", "occlusion"]
+    robustness.main([*command[1:], "--out", str(tmp_path / "again")])
+    cells = load_cells(tmp_path / "again")
+    assert [c.keys for c in cells] == [json.loads((path.parent / "cell.json").read_text())["keys"]]
 
 
 def test_chosen_tests_settings_and_limits_name_other_cells(trained, class_folders, tmp_path):
