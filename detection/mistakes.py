@@ -10,7 +10,6 @@ that is wrong the object it overlaps most, of whatever class, decides:
 - missed: an object (not a difficult one) that no detection claims. Of these the largest come first.
 """
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.data.decode import read_rgb
+from common.data.pictures import write_jpeg
 from common.data.types import DetectionSet
-from common.files import write_atomic
 from common.metrics.average_precision import IGNORED, RIGHT, WRONG, Boxes, most_overlapped, ranked, rescore
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
@@ -144,15 +143,9 @@ def draw_mistakes(folder: Path, made: Mistakes, images: DetectionSet) -> dict[st
         for k, row in enumerate(rows):
             for n, tile in enumerate(row):
                 sheet.paste(tile, (n * (SIDE + 4), sum(heights[:k])))
-        buffer = io.BytesIO()
-        sheet.save(buffer, "JPEG", quality=82)
-        _write(path, buffer.getvalue())
+        write_jpeg(path, sheet, quality=82)
         written[kind] = path.name
     return written
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_atomic(path, lambda file: file.write(data))
 
 
 def _tile(made: Mistakes, kind: str, row: int, images: DetectionSet) -> Image.Image:

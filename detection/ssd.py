@@ -77,7 +77,11 @@ class SSD300(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images (N, 3 or …, 300, 300) → offsets (N, 8732, 4) and logits (N, 8732, classes + 1), float32."""
-        taps = self.trunk.features(normalise(images, self.mean, self.std), self.taps)
+        return self.outputs(normalise(images, self.mean, self.std))
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of images that are normalised already, float32 (N, 3, 300, 300)."""
+        taps = self.trunk.features(x, self.taps)
         maps = [self.l2norm(taps[self.taps[0]]), taps[self.taps[1]]]
         for extra in self.extras:
             maps.append(extra(maps[-1]))
@@ -85,7 +89,7 @@ class SSD300(nn.Module):
             raise ValueError(
                 f"SSD300 needs 300 × 300 images, its maps are {[tuple(m.shape[-2:]) for m in maps]}"
             )
-        n, values = len(images), 4 + self.classes + 1
+        n, values = x.shape[0], 4 + self.classes + 1  # len() would fix the batch of an exported model
         found = [head(m).permute(0, 2, 3, 1).reshape(n, -1, values) for head, m in zip(self.heads, maps)]
         out = torch.cat(found, 1).float()
         return out[..., :4], out[..., 4:]
