@@ -239,6 +239,17 @@ def test_differences_demand_equal_images_and_unequal_seeds_are_not_blocked():
     assert same.blocked and same.value == pytest.approx(0) and same.seed_correlation == pytest.approx(1)
 
 
+def test_pretrainings_are_not_paired_with_the_seeds_of_one_checkpoint():
+    """Three pretrainings 0, 1, 2 against one with seeds 0, 1, 2: other units, so two independent spreads."""
+    rng = np.random.default_rng(0)
+    weights, images = draws(rng, 60), rng.normal(0, 1, 60)
+    row, _ = simulate(rng, 3, 1, (0.3, 0.1, 1, 0.2), images=images, weights=weights)
+    baseline, _ = simulate(rng, 1, 3, (0.0, 0.1, 1, 0.2), images=images, weights=weights)
+    found = difference(row, baseline)
+    assert found.level == CHECKPOINT and not found.blocked and not found.parts
+    assert found.seed_correlation is None and found.image_correlation > 0.5
+
+
 def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]

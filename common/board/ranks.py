@@ -93,20 +93,20 @@ def _same_draws(rows: dict[str, Sample]) -> dict[str, Sample]:
 
 
 def make_noise(seed: int) -> Noise:
-    """Draws of the units of a stratum: equal for equal (place, labels, R), whatever the row or the column.
+    """Draws of the units of a stratum: equal for equal (place, unit, labels, R), whatever the row or the column.
 
     Weighted by the deviations of k units from their mean, a draw has the standard error of that mean and a t of k − 1
     degrees of freedom; so has the difference of two rows that take the same draws, with the standard error of its own.
     """
 
     @functools.cache
-    def make(place: int, labels: tuple, replicates: int) -> np.ndarray:
-        rng = np.random.default_rng([seed, int(digest("ranks", place, list(map(str, labels))), 16)])
+    def make(place: int, unit: str, labels: tuple, replicates: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, int(digest("ranks", place, unit, list(map(str, labels))), 16)])
         k = len(labels)
         scale = np.sqrt(rng.chisquare(k - 1, replicates) / (k - 1))
         return rng.standard_normal((k, replicates)) / scale / np.sqrt(k * (k - 1))
 
-    return lambda part, place: make(place, part.labels, part.deviations.shape[1])
+    return lambda part, place: make(place, part.unit, part.labels, part.deviations.shape[1])
 
 
 def draws(sample: Sample, noise: Noise) -> tuple[float, np.ndarray]:

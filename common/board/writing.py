@@ -73,8 +73,8 @@ def _paragraphs(board: Board) -> list[str]:
     if compared:
         statistics += (
             f" Differences to {board.baseline} ({', '.join(compared)}) are paired by test image and, where both have "
-            "the same seeds, by seed; p-values are corrected over the tasks by Holm's method, and the smallest "
-            f"detectable difference is at {100 * POWER:.0f} % power."
+            "the same seeds, by seed; p-values are corrected by Holm's method over the tasks of a row (not over "
+            f"the rows), and the smallest detectable difference is at {100 * POWER:.0f} % power."
         )
     claims = levels(board)
     if claims:
