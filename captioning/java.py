@@ -113,7 +113,8 @@ class JavaLines:
             except queue.Empty:
                 self._fail(f"gave no answer in {self.timeout:g} s")
             if answer is None:
-                self._fail(f"ended with code {self._process.wait()}")
+                code = self._process.wait()
+                self._fail(f"ended with code {code}" + (" (killed; is memory short?)" if code == -9 else ""))
             answers.append(answer)
         return answers
 

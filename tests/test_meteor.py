@@ -204,7 +204,9 @@ def test_a_real_java_that_dies_or_hangs_at_work_is_started_again(small_table, ho
     os.kill(java._process.pid, how)
     np.testing.assert_array_equal(ours(captions, references), expected)
     said = capsys.readouterr().err
-    named = "ended with code -9" if how == signal.SIGKILL else "gave no answer in 1 s"
+    named = (
+        "ended with code -9 (killed; is memory short?)" if how == signal.SIGKILL else "gave no answer in 1 s"
+    )
     assert f"METEOR's Java {named}" in said and "trying once more" in said
     ours.close()
 
