@@ -7,6 +7,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from common.errors import UserError
 
 torch.set_num_threads(1)  # the suite's networks are too small to share among threads
 
@@ -41,3 +44,22 @@ def write_class_folders(
 def class_folders(tmp_path_factory):
     """A folder of 3 classes × 6 images a split."""
     return write_class_folders(tmp_path_factory.mktemp("classes"))
+
+
+def picture(path: Path, size=(20, 10), seed=0, **save) -> Path:
+    """Write an image of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **save)
+    return path
+
+
+def fails(call, *parts: str) -> str:
+    """The one-line message of the UserError that `call` raises; it holds all `parts`."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message

@@ -2,47 +2,23 @@
 
 import csv
 import hashlib
-import io
 import json
-import os
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import fails, picture
+from test_voc import one_folder
 
 from common.data import open_captions, open_classification, open_detection, open_localisation, parse_data
 from common.data.check import check_images
-from common.data.decode import Fit, centre_crop, decode_all, read_headers, read_rgb, resize, resize_short
 from common.data.fingerprint import content_digest
-from common.data.thumbnails import read_thumbnails, write_thumbnails
-from common.data.voc import VOC_CLASSES
-from common.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BACKBENCH_QUIET", "1")
-
-
-def picture(path: Path, size=(20, 10), seed=0, **save) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(pixels).save(path, **save)
-    return path
-
-
-def fails(call, *parts: str) -> str:
-    """The one-line message of the UserError that `call` raises; it holds all `parts`."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-    return message
 
 
 # the spec
@@ -321,163 +297,6 @@ def test_box_list_rules(imagefolder):
     )
 
 
-# VOC
-
-
-def xml(objects, size=(20, 10), root="annotation") -> str:
-    dims = "" if size is None else f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
-    items = ""
-    for name, corners, *difficult in objects:
-        box = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), corners))
-        hard = f"<difficult>{difficult[0]}</difficult>" if difficult else ""
-        # a part has a box of its own, which is not the object's
-        part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
-        items += f"<object><name>{name}</name>{hard}<bndbox>{box}</bndbox>{part}</object>"
-    return f"<{root}>{dims}{items}</{root}>"
-
-
-def voc_year(root: Path, splits: dict[str, dict[str, str]]) -> Path:
-    """A folder in VOC's layout: {split: {image: xml}}, every image 20 × 10."""
-    for split, images in splits.items():
-        (root / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
-        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in images))
-        for i, (name, text) in enumerate(images.items()):
-            picture(root / "JPEGImages" / f"{name}.jpg", seed=i)
-            (root / "Annotations").mkdir(exist_ok=True)
-            (root / "Annotations" / f"{name}.xml").write_text(text)
-    return root
-
-
-FINE = xml([("cell", (1, 1, 20, 10), 0)])
-
-
-def one_folder(tmp_path, text: str = FINE) -> Path:
-    return voc_year(tmp_path / "cells", {"trainval": {"a": text, "b": FINE}, "test": {"c": FINE}})
-
-
-def test_voc_boxes_and_classes(tmp_path):
-    text = xml([("worm", (3, 2, 7, 9), 1), ("cell", (1, 1, 20, 10), 0)])
-    train, test = open_detection(f"voc:{one_folder(tmp_path, text)}")
-    assert (train.name, train.classes, train.ids, test.ids) == ("cells", ["cell", "worm"], ["a", "b"], ["c"])
-    # 1-based inclusive 3…7 covers pixels 2…6, which is 2 to 7 half-open; the whole image is 0, 0, w, h
-    assert train.boxes[0].tolist() == [[2, 1, 7, 9], [0, 0, 20, 10]] and train.boxes[0].dtype == np.float32
-    assert train.labels[0].tolist() == [1, 0] and train.difficult[0].tolist() == [True, False]
-    assert train.labels[0].dtype == np.int64 and train.difficult[0].dtype == bool
-    assert train.sizes.tolist() == [[20, 10], [20, 10]] and train.report == [] and test.report == []
-    assert open_detection(f"voc:{one_folder(tmp_path, text)},classes=worm+cell")[0].labels[0].tolist() == [
-        0,
-        1,
-    ]
-
-
-def test_voc_years(tmp_path):
-    cat = xml([("cat", (1, 1, 5, 5), 0)])
-    devkit = tmp_path / "VOCdevkit"
-    voc_year(devkit / "VOC2007", {"trainval": {"000001": cat}, "test": {"000002": cat, "000003": cat}})
-    voc_year(devkit / "VOC2012", {"trainval": {"2008_1": cat, "2008_2": cat}})
-    for text in (f"voc:{devkit}", f"voc:{tmp_path}", f"voc:{devkit},year=2007+2012"):
-        train, test = open_detection(text)
-        assert train.ids == ["000001", "2008_1", "2008_2"] and test.ids == ["000002", "000003"]
-        assert train.classes == VOC_CLASSES and train.name == "voc0712" and train.labels[0].tolist() == [7]
-    train, test = open_detection(f"voc:{devkit},year=2007")
-    assert (len(train), len(test), train.name) == (1, 2, "voc2007")
-    fails(lambda: open_detection(f"voc:{devkit},year=2012"), "no such split 'test'", "has: trainval", "test=")
-    fails(lambda: open_detection(f"voc:{devkit},year=2010"), "no VOC2010/", "found: VOC2007/, VOC2012/")
-    _, same = open_detection(f"voc:{devkit},year=2012,test=trainval")
-    assert same.report == ["2 × image is in training and in the test set (first: 2008_1.jpg)"]
-    # equal names in two years stay two images
-    voc_year(devkit / "VOC2012", {"trainval": {"000001": cat}})
-    assert open_detection(f"voc:{devkit}")[0].ids == ["000001", "VOC2012/000001"]
-
-
-def test_voc_box_rules(tmp_path):
-    text = xml(
-        [
-            ("cell", (0, 0, 5, 5)),
-            ("cell", (15, 5, 25, 12), 0),
-            ("cell", (30, 1, 40, 5), 0),
-            ("cell", (9, 3, 4, 8), 0),
-            ("cell", (4, 3, 4, 8), 0),
-            ("worm", (2.5, 3, 4, 8), 1),
-        ]
-    )
-    train, _ = open_detection(f"voc:{one_folder(tmp_path, text)}")
-    assert train.boxes[0].tolist() == [[0, 0, 5, 5], [14, 4, 20, 10], [1.5, 2, 4, 8]]
-    assert train.labels[0].tolist() == [0, 0, 1] and train.difficult[0].tolist() == [False, False, True]
-    assert train.report == [
-        "1 × object without <difficult>: taken as not difficult (first: a.xml object 1)",
-        "1 × box with xmin > xmax or ymin > ymax: dropped (first: a.xml object 4)",
-        "1 × box with no area (xmin = xmax or ymin = ymax): dropped (first: a.xml object 5)",
-        "1 × box wholly outside its image: dropped (first: a.xml object 3)",
-        "1 × box with xmin or ymin 0, where VOC counts from 1: clipped (first: a.xml object 1)",
-        "1 × box reaches outside its image: clipped (first: a.xml object 2)",
-    ]
-
-
-def test_voc_image_size_rules(tmp_path):
-    root = one_folder(tmp_path, xml([("cell", (1, 1, 30, 10), 0)], size=(40, 10)))
-    (root / "Annotations" / "b.xml").write_text(xml([], size=None))
-    train, _ = open_detection(f"voc:{root}")
-    assert train.sizes.tolist() == [[20, 10], [20, 10]] and train.boxes[0].tolist() == [[0, 0, 20, 10]]
-    assert train.boxes[1].shape == (0, 4) and train.labels[1].shape == (0,)
-    assert train.report == [
-        "1 × wrong size in the XML: the image's own taken (first: a.xml, 40 × 10 for 20 × 10)",
-        "1 × XML without <size>: the image's own taken (first: b.xml)",
-        "1 × box reaches outside its image: clipped (first: a.xml object 1)",
-        "1 × image without objects: kept, all background (first: b.xml)",
-    ]
-
-
-@pytest.mark.parametrize(
-    "text, parts",
-    [
-        ("<annotation>\n<object></annotation>", ("a.xml line 2", "malformed XML")),
-        ("", ("a.xml line 1", "malformed XML")),
-        (xml([], root="html"), ("a.xml", "<html>", "expected <annotation>")),
-        (FINE.replace("<name>cell</name>", ""), ("a.xml: object 1 has no <name>",)),
-        (FINE.replace("bndbox", "box"), ("a.xml: object 1 (cell) has no <bndbox>",)),
-        (FINE.replace("<xmax>20</xmax>", ""), ("a.xml: object 1 (cell) has no <xmax>",)),
-        (FINE.replace("<xmax>20", "<xmax>wide"), ("a.xml: object 1 (cell): <xmax> is 'wide'",)),
-        (FINE.replace("<width>20</width>", ""), ("a.xml: <size> has no <width>",)),
-        (FINE.replace("<difficult>0", "<difficult>maybe"), ("a.xml", "<difficult> is 'maybe'")),
-    ],
-)
-def test_voc_bad_xml(tmp_path, text, parts):
-    fails(lambda: open_detection(f"voc:{one_folder(tmp_path, text)}"), *parts)
-
-
-def test_voc_bad_layouts(tmp_path):
-    root = one_folder(tmp_path)
-    fails(lambda: open_detection(f"voc:{root},classes=worm"), "a.xml", "object 1", "class 'cell'", "['worm']")
-    fails(lambda: open_detection(f"voc:{root},classes=cell+cell"), "doubled")
-    fails(lambda: open_detection(f"voc:{root},train=trian"), "'trian'", "has: test, trainval")
-    fails(lambda: open_detection(f"voc:{root},year=2007"), "year= is for a VOCdevkit")
-    fails(lambda: open_detection(f"voc:{root / 'JPEGImages'}"), "found: a.jpg, b.jpg, c.jpg", "JPEGImages/")
-    (root / "ImageSets" / "Main" / "test.txt").write_text("\nc 1\nc -1\n")
-    assert open_detection(f"voc:{root}")[1].report == [
-        "1 × image listed twice: taken once (first: test.txt line 3)"
-    ]
-    (root / "ImageSets" / "Main" / "test.txt").write_text("\n")
-    fails(lambda: open_detection(f"voc:{root}"), "test.txt", "lists no image")
-    (root / "ImageSets" / "Main" / "test.txt").write_text("c\nd\ne\n")
-    fails(lambda: open_detection(f"voc:{root}"), "test.txt", "2 of 3 images", "d.jpg")
-    picture(root / "JPEGImages" / "d.png"), picture(root / "JPEGImages" / "e.JPEG")
-    fails(lambda: open_detection(f"voc:{root}"), "test.txt", "2 of 3 annotations", "d.xml")
-    for name in "abc":
-        (root / "Annotations" / f"{name}.xml").write_text(xml([]))
-    (root / "ImageSets" / "Main" / "test.txt").write_text("c\n")
-    fails(lambda: open_detection(f"voc:{root}"), "no annotation holds an object")
-
-
-def test_voc_skips_bad_images_with_their_boxes(tmp_path):
-    root = one_folder(tmp_path)
-    (root / "JPEGImages" / "a.jpg").write_bytes(b"")
-    fails(lambda: open_detection(f"voc:{root}"), "a.jpg", "is empty", "1 of 2")
-    train, _ = open_detection(f"voc:{root}", skip_bad=True)
-    assert train.ids == ["b"] and len(train.boxes) == len(train.labels) == len(train.difficult) == 1
-    assert train.skipped == ["a"] and train.report[-1].startswith("1 × unreadable image: left out")
-
-
 # captions
 
 
@@ -664,152 +483,6 @@ def test_scenes_resolve_to_the_readers(imagefolder, cub, tmp_path, monkeypatch, 
     assert open_detection("scenes:name=x")[0].name == "x"
     assert asked == [{"size": "tiny", "seed": 0}, {"size": "smoke", "seed": 3}, {"size": "tiny", "seed": 0}]
     fails(lambda: open_detection("scenes:seed=one"), "seed=one")
-
-
-# decoding
-
-
-def test_read_rgb_modes(tmp_path):
-    rng = np.random.default_rng(0)
-    rgb = rng.integers(0, 256, (6, 8, 3), np.uint8)
-    grey16 = rng.integers(0, 65536, (6, 8), np.uint16)
-
-    def saved(image: Image.Image, name: str) -> np.ndarray:
-        image.save(tmp_path / name)
-        array = read_rgb(tmp_path / name)
-        assert array.shape == (6, 8, 3) and array.dtype == np.uint8
-        return array
-
-    np.testing.assert_array_equal(saved(Image.fromarray(rgb), "rgb.png"), rgb)
-    grey = saved(Image.fromarray(rgb[:, :, 0]), "grey.png")
-    np.testing.assert_array_equal(grey, np.repeat(rgb[:, :, :1], 3, 2))
-    sixteen = saved(Image.fromarray(grey16), "16.png")
-    np.testing.assert_array_equal(sixteen[:, :, 0], np.round(grey16 / 65535 * 255).astype(np.uint8))
-    alpha = np.dstack([rgb, np.full((6, 8), 255, np.uint8)])
-    alpha[0, :, 3], alpha[1, :, 3] = 0, 51
-    layered = saved(Image.fromarray(alpha), "rgba.png")
-    assert (layered[0] == 0).all() and (layered[2:] == rgb[2:]).all()
-    np.testing.assert_allclose(layered[1], rgb[1] * 0.2, atol=1)
-    palette = Image.fromarray(rgb).quantize(16)
-    np.testing.assert_array_equal(saved(palette, "p.png"), np.array(palette.convert("RGB")))
-    # Pillow writes CMYK JPEG inverted, as Adobe does; a plain colour comes back within compression error
-    cmyk = saved(Image.new("RGB", (8, 6), (200, 30, 90)).convert("CMYK"), "cmyk.jpg")
-    np.testing.assert_allclose(cmyk.reshape(-1, 3), [[200, 30, 90]] * 48, atol=6)
-    assert (saved(Image.new("1", (8, 6), 1), "1.png") == 255).all()
-    Image.fromarray(rng.random((6, 8)).astype(np.float32)).save(tmp_path / "f.tiff")
-    fails(lambda: read_rgb(tmp_path / "f.tiff"), "f.tiff", "floating-point")
-    fails(lambda: read_rgb(tmp_path / "gone.png"), "gone.png")
-    (tmp_path / "text.jpg").write_text("hello")
-    fails(lambda: read_rgb(tmp_path / "text.jpg"), "text.jpg", "not a readable image")
-
-
-# where a bright top left pixel of the stored image goes, by EXIF orientation (EXIF 2.3, tag 0x0112)
-CORNER = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_exif_rotation_and_the_frame_of_boxes(tmp_path, orientation, suffix):
-    pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:8, :8] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / f"a.{suffix}"
-    Image.fromarray(pixels).save(path, exif=exif)
-    upright = read_rgb(path)
-    assert upright.shape == ((32, 16, 3) if orientation >= 5 else (16, 32, 3))
-    assert upright[CORNER[orientation]].min() > 200 and (upright > 128).sum() == 8 * 8 * 3
-    assert read_headers([path]).tolist() == [[32, 16, orientation]]
-    stored = read_rgb(path, frame=(32, 16))
-    assert stored.shape == (16, 32, 3) and stored[0, 0].min() > 200
-    if orientation >= 5:
-        np.testing.assert_array_equal(read_rgb(path, frame=np.array([16, 32])), upright)
-    fails(lambda: read_rgb(path, frame=(31, 16)), "is 32 × 16", "31 × 16")
-
-
-@pytest.mark.parametrize("said, frame", [((20, 10), [20, 10]), ((10, 20), [10, 20]), ((50, 50), [20, 10])])
-def test_detection_reads_rotated_images_as_their_boxes_were_drawn(tmp_path, said, frame):
-    root = one_folder(tmp_path, xml([("cell", (1, 1, 5, 20), 0)], size=said))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(root / "JPEGImages" / "a.jpg", exif=exif)
-    train, _ = open_detection(f"voc:{root}")
-    assert train.sizes[0].tolist() == frame and train.boxes[0].tolist() == [[0, 0, 5, frame[1]]]
-    assert read_rgb(train.paths[0], frame=train.sizes[0]).shape == (frame[1], frame[0], 3)
-
-
-def test_resize_backends_agree_with_their_oracles():
-    from torchvision.transforms import functional
-
-    image = np.random.default_rng(1).integers(0, 256, (37, 53, 3), np.uint8)
-    pil = Image.fromarray(image)
-    np.testing.assert_array_equal(resize(image, (20, 11)), np.asarray(functional.resize(pil, [11, 20])))
-    for side in (16, 24, 60):
-        shorter = functional.resize(pil, side)
-        np.testing.assert_array_equal(resize_short(image, side), np.asarray(shorter))
-        tall = resize_short(image.transpose(1, 0, 2), side)
-        assert tall.shape[:2] == shorter.size
-    cropped = np.asarray(functional.center_crop(pil, [22, 30]))
-    np.testing.assert_array_equal(centre_crop(image, (30, 22)), cropped)
-    area = cv2.resize(image, (20, 11), interpolation=cv2.INTER_AREA)
-    np.testing.assert_array_equal(resize(image, (20, 11), "cv2_area"), area)
-    linear = cv2.resize(image, (80, 90), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(resize(image, (80, 90), "cv2_area"), linear)
-    np.testing.assert_array_equal(resize(image, (80, 90), "cv2_linear"), linear)
-    assert resize(image, (53, 37)) is image
-    fails(lambda: resize(image, (5, 5), "lanczos"), "lanczos", "pil, cv2_area, cv2_linear")
-
-
-def test_decode_all(tmp_path, monkeypatch):
-    paths = [picture(tmp_path / f"{i}.png", size=(20 + i, 30), seed=i) for i in range(5)]
-    fit = Fit(16, 12)
-    array = decode_all(paths, fit, workers=2)
-    assert array.shape == (5, 12, 16, 3) and array.dtype == np.uint8 and isinstance(array, np.memmap)
-    for i, path in enumerate(paths):
-        np.testing.assert_array_equal(array[i], resize(read_rgb(path), (16, 12)))
-    with monkeypatch.context() as patch:
-        patch.setattr("common.data.decode.read_rgb", lambda path: pytest.fail("decoded again"))
-        np.testing.assert_array_equal(decode_all(paths, fit), array)
-    crop = Fit(16, 16, short=20, backend="cv2_area")
-    assert (fit.name, crop.name) == ("squash-16x12-pil", "short20-centre-16x16-cv2_area")
-    expected = centre_crop(resize_short(read_rgb(paths[0]), 20, "cv2_area"), (16, 16))
-    np.testing.assert_array_equal(decode_all(paths, crop)[0], expected)
-    picture(paths[0], size=(40, 40), seed=9)
-    assert not np.array_equal(decode_all(paths, fit)[0], array[0])
-
-
-def test_decode_all_leaves_nothing_half_written(tmp_path):
-    paths = [picture(tmp_path / f"{i}.png", size=(40, 40), seed=i) for i in range(3)]
-    whole = paths[2].read_bytes()
-    paths[2].write_bytes(whole[: len(whole) // 2])
-    fails(lambda: decode_all(paths, Fit(8, 8)), "2.png")
-    decoded = tmp_path / "cache" / "decoded"
-    assert not list(decoded.glob("*.npy")) and not list(decoded.glob(".*.tmp"))
-    paths[2].write_bytes(whole)
-    assert decode_all(paths, Fit(8, 8)).shape == (3, 8, 8, 3)
-
-
-def test_unwritable_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("BACKBENCH_CACHE", str(picture(tmp_path / "file.png")))
-    fails(lambda: check_images([tmp_path / "file.png"]), "file.png", "BACKBENCH_CACHE")
-
-
-def test_thumbnails(tmp_path):
-    paths = [picture(tmp_path / f"{i}.jpg", size=(300 + i, 100), seed=i) for i in range(6)]
-    ids = [f"img{i}" for i in range(6)]
-    target = write_thumbnails(tmp_path / "a", ids, paths, count=4, side=150)
-    content = target.read_bytes()
-    assert write_thumbnails(tmp_path / "b", ids, paths, count=4, side=150).read_bytes() == content
-    thumbs = read_thumbnails(target)
-    assert list(thumbs) == sorted(sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:4])
-    for key, (jpeg, size, scale) in thumbs.items():
-        image = Image.open(io.BytesIO(jpeg))
-        assert size == (300 + int(key[3:]), 100) and max(image.size) == 150
-        assert scale == pytest.approx((image.width / size[0], image.height / size[1]))
-    os.utime(target, (1, 1))
-    write_thumbnails(tmp_path / "a", ids[:2], paths[:2])
-    assert target.read_bytes() == content and target.stat().st_mtime == 1
-    assert len(read_thumbnails(write_thumbnails(tmp_path / "c", ids, paths))) == 6
 
 
 def test_readers_import_no_torch():
