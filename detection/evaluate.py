@@ -19,7 +19,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,9 @@ def read_devkit(devkit: str, year: str | None, split: str, classes: str | None =
     for train in ("trainval", split):
         try:
             spec = DataSpec("voc", str(Path(devkit).expanduser()), {**options, "train": train, "test": split})
-            return read_voc(spec)[1]
+            images = read_voc(spec)[1]
+            # the other set was read for its classes alone
+            return replace(images, report=[line for line in images.report if "in training" not in line])
         except UserError as error:
             if train == split or f"{train}.txt: no such split" not in str(error):
                 raise

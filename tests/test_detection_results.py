@@ -178,7 +178,7 @@ class TestEvaluate:
         (tmp_path / "comp/comp4_det_test_ball.txt").write_text("000006 0.5 0 3 2 9\n")
         assert evaluate.main(base) == 0 and "1 boxes begin before pixel 1" in capsys.readouterr().err
 
-    def test_devkits(self, devkit, backbone, tmp_path):
+    def test_devkits(self, devkit, backbone, tmp_path, capsys):
         """One folder, the same named with its year, a VOCdevkit with years, and the folder above it."""
         kit = tmp_path / "up" / "VOCdevkit"
         for year in ("2007", "2012"):
@@ -203,6 +203,7 @@ class TestEvaluate:
         # VOC2012's test has no published annotations, its other splits have
         assert size(kit, "--year", "2007+2012", "--split", "trainval") == 6 + 2
         assert size(kit, "--year", "2012", "--split", "trainval") == 2
+        assert "in training" not in capsys.readouterr().err
         for path, more, message in (
             (kit, ("--year", "2012"), "no such split 'test'.*--split"),
             (kit / "VOC2007", ("--year", "2012"), "year= is for a VOCdevkit"),
