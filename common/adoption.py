@@ -225,15 +225,3 @@ def _compare(candidates: list[dict[str, Any]]) -> tuple[str, bool]:
         return f"cannot tell whether {given['name']} ({d:.2f}) or {best['name']} ({nearest:.2f}) fits", False
     alike = [c["name"] for c in candidates[1:] if d >= ALIKE * c["distance"]]
     return f"{given['name']} fits ({d:.2f})" + (f", as well as {', '.join(alike)}" if alike else ""), False
-
-
-def adoption_text(report: dict[str, Any]) -> str:
-    """The report as a small table of text."""
-    lines = [f"{'distance':>9}  reading ({report['images']} images of {report['size']} px)"]
-    lines += [f"{c['distance']:9.3f}  {c['name']}" for c in report["inputs"]]
-    lines += [f"{c['distance']:9.3f}  stride in the {c['name']}" for c in report["strides"]]
-    lines += [
-        f"{v['spread']:9.3f}  spread of {k}, {100 * v['dead']:.0f} % dead"
-        for k, v in report["stages"].items()
-    ]
-    return "\n".join([*lines, *report["verdict"], *(f"warning: {line}" for line in report["warnings"])])

@@ -43,6 +43,8 @@ class Backbone:
         False  # the weights were made for BGR: the first layer's channels are reversed, so they read RGB here
     )
     report: list[str] = field(default_factory=list)
+    head: dict[str, Tensor] = field(default_factory=dict)  # `fc.weight` and `fc.bias`, if it has them
+    facts: dict[str, Any] = field(default_factory=dict)  # what its file says of itself
 
 
 def load_backbone(
@@ -63,60 +65,9 @@ def load_backbone(
     is for weights that were trained on BGR; all four are part of the fingerprint. Raises UserError for anything but a
     full, finite, trained body.
     """
-    return _load(spec, arch, name, seed, mean, std, stride_in_1x1, bgr)[0]
-
-
-def load_classifier(
-    spec: str | Path, *, classes: int | None = None, **options: Any
-) -> tuple[Classifier, dict[str, Any]]:
-    """A whole classifier (body and `fc`) of anything `load_backbone` takes (`scratch` aside), and what is known of it.
-
-    `options` are `load_backbone`'s. The facts hold a backbone file's own (see `save_backbone`) and always arch,
-    num_classes, method, mean, std, size, report and fingerprint. Raises UserError as `load_backbone`, when there is
-    no linear classifier, and when it has not `classes` classes.
-    """
-    backbone, head, facts = _load(str(spec), **options)
-    if not head:
-        raise UserError(f"{spec}: has no classifier (fc.weight) beside its body; give a file that has one")
-    count, width = head["fc.weight"].shape
-    if width != backbone.trunk.channels["layer4"] or not all(torch.isfinite(v).all() for v in head.values()):
-        raise UserError(
-            f"{spec}: its classifier does not fit its body, or is not finite; give a complete checkpoint"
-        )
-    if classes not in (None, count):
-        raise UserError(
-            f"{spec}: classifies {count} classes, the data has {classes}; give the data it was trained for"
-        )
-    classifier = Classifier(backbone.trunk, count)
-    classifier.fc.load_state_dict({k.removeprefix("fc."): v for k, v in head.items()})
-    known = {
-        "arch": backbone.arch,
-        "num_classes": count,
-        "method": backbone.method,
-        "mean": list(backbone.mean),
-        "std": list(backbone.std),
-        "size": backbone.input_size,
-        "stride_in_1x1": backbone.stride_in_1x1,
-        "report": backbone.report,
-        "fingerprint": backbone.fingerprint,
-    }
-    return classifier, {**facts, **known}
-
-
-def _load(
-    spec: str,
-    arch: str | None = None,
-    name: str | None = None,
-    seed: int = 0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    stride_in_1x1: bool = False,
-    bgr: bool = False,
-) -> tuple[Backbone, dict[str, Tensor], dict[str, Any]]:
-    """(backbone, `fc.weight` and `fc.bias` or nothing, the file's facts)."""
     kind, _, rest = spec.partition(":")
     if kind == "scratch":
-        return _scratch(rest or arch or "resnet50", spec, name, seed, mean, std, stride_in_1x1, bgr), {}, {}
+        return _scratch(rest or arch or "resnet50", spec, name, seed, mean, std, stride_in_1x1, bgr)
     model = None
     if kind in ("torchvision", "timm") and rest:
         model, facts = _from_library(kind, rest)
@@ -146,7 +97,7 @@ def _load(
     label = facts.get("method") or (f"{kind}-{rest}" if rest else Path(spec).name.split(".")[0])
     seed_of_file = facts.get("seed")
     mean, std, said = _normalisation(facts, mean, std)
-    backbone = Backbone(
+    return Backbone(
         trunk=trunk,
         arch=found,
         name=name or (f"{label}-p{seed_of_file}" if seed_of_file else label).replace("/", "_"),
@@ -161,8 +112,47 @@ def _load(
         stride_in_1x1=stride_in_1x1,
         bgr=bgr,
         report=notes + said + (["stride in the 1×1 convolutions"] if stride_in_1x1 else []),
+        head=head,
+        facts=facts,
     )
-    return backbone, head, facts
+
+
+def load_classifier(
+    spec: str | Path, *, classes: int | None = None, **options: Any
+) -> tuple[Classifier, dict[str, Any]]:
+    """A whole classifier (body and `fc`) of anything `load_backbone` takes (`scratch` aside), and what is known of it.
+
+    `options` are `load_backbone`'s. The facts hold a backbone file's own (see `save_backbone`) and always arch,
+    num_classes, method, mean, std, size, report and fingerprint. Raises UserError as `load_backbone`, when there is
+    no linear classifier, and when it has not `classes` classes.
+    """
+    backbone = load_backbone(str(spec), **options)
+    head = backbone.head
+    if not head:
+        raise UserError(f"{spec}: has no classifier (fc.weight) beside its body; give a file that has one")
+    count, width = head["fc.weight"].shape
+    if width != backbone.trunk.channels["layer4"] or not all(torch.isfinite(v).all() for v in head.values()):
+        raise UserError(
+            f"{spec}: its classifier does not fit its body, or is not finite; give a complete checkpoint"
+        )
+    if classes not in (None, count):
+        raise UserError(
+            f"{spec}: classifies {count} classes, the data has {classes}; give the data it was trained for"
+        )
+    classifier = Classifier(backbone.trunk, count)
+    classifier.fc.load_state_dict({k.removeprefix("fc."): v for k, v in head.items()})
+    known = {
+        "arch": backbone.arch,
+        "num_classes": count,
+        "method": backbone.method,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "size": backbone.input_size,
+        "stride_in_1x1": backbone.stride_in_1x1,
+        "report": backbone.report,
+        "fingerprint": backbone.fingerprint,
+    }
+    return classifier, {**backbone.facts, **known}
 
 
 def save_backbone(path: Path | str, classifier: Classifier, **facts: Any) -> None:

@@ -50,12 +50,10 @@ def export(spec: str, to: str, out: Path, **reading: Any) -> list[str]:
 
 def _load(spec: str, reading: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """(model in eval mode, facts): a Classifier, or the Trunk alone, then with num_classes 0."""
-    try:
+    backbone = load_backbone(spec, **reading)
+    if backbone.head:
         model, facts = load_classifier(spec, **reading)
-    except UserError as error:
-        if "has no classifier" not in str(error):
-            raise
-        backbone = load_backbone(spec, **reading)
+    else:
         model, facts = backbone.trunk, {"arch": backbone.arch, "num_classes": 0, "method": backbone.method}
         facts |= {"mean": list(backbone.mean), "std": list(backbone.std), "size": backbone.input_size}
         facts["stride_in_1x1"] = backbone.stride_in_1x1
