@@ -121,7 +121,7 @@ def finish(
     lines: Sequence[str],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Score the answers, write curves.svg, the report and the cell; what is in its report.json."""
+    """Score the answers, write curves_N.svg, the report and the cell; what is in its report.json."""
     images = {"ids": np.array(ids), **statistics(test, answers, truth)}
     found = {
         "metrics": {k: float(v[0]) for k, v in rescore("robustness", images).items()},
