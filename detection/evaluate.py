@@ -33,7 +33,7 @@ from common.data.voc import read_voc
 from common.errors import UserError, run_main
 from common.files import write_json
 from common.metrics import coco
-from common.metrics.average_precision import PRESETS, Boxes, match
+from common.metrics.average_precision import PRESETS, Boxes, Convention, match
 from detection.curves import curves
 from detection.results import read_results, read_voc_results
 from detection.scores import IOU, by_size, fraction, per_class, percent, scores, table_lines, truth_of
@@ -70,7 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{path}: VOC's text files are read by the folder: --detections {path.parent}")
     else:
         found = read_results(path, known.ids, len(known.classes), known.categories)
-    result = score(found, known, args.iou, args.preset, with_coco=args.coco or bool(args.annotations))
+    convention = PRESETS[args.preset]
+    if (
+        path.is_dir()
+    ):  # text files were rounded by whoever wrote them; their evaluators take them as they stand
+        convention = replace(convention, score_digits=None, box_digits=None)
+    with_coco = args.coco or bool(args.annotations)
+    result = score(found, known, args.iou, args.preset, convention, with_coco)
     for line in known.report:
         print(f"data: {line}", file=sys.stderr)
     print("\n".join(summary_lines(result)))
@@ -154,10 +160,15 @@ def read_annotations(file: Path) -> Annotations:
     return Annotations(read.ids, list(read.categories.values()), truth, list(read.categories), report.lines())
 
 
-def score(found: Boxes, known: Annotations, iou: float, preset: str, with_coco: bool) -> dict[str, Any]:
-    """All scores as fractions: `mAP_11point`, `mAP_area`, per class, and COCO's and detectron2's where asked."""
+def score(
+    found: Boxes, known: Annotations, iou: float, preset: str, convention: Convention, with_coco: bool
+) -> dict[str, Any]:
+    """All scores as fractions: `mAP_11point`, `mAP_area`, per class, and COCO's and detectron2's where asked.
+
+    `preset` is the name of the `convention`, which may round less than the preset does.
+    """
     shape = (known.truth, len(known.ids), len(known.classes))
-    stats = match(found, *shape, iou, PRESETS[preset])
+    stats = match(found, *shape, iou, convention)
     coco_stats = coco.match(found, *shape) if with_coco else None
     metrics, table = scores(stats), per_class(stats, known.truth, known.classes, coco_stats)
     result: dict[str, Any] = {
@@ -178,7 +189,7 @@ def score(found: Boxes, known: Annotations, iou: float, preset: str, with_coco: 
         result["COCO"] |= {name: row["AP"] for name, row in sizes.items()}
         result["sizes"] = sizes
     if preset == "detectron2":
-        means = [scores(match(found, *shape, t, PRESETS[preset]))["mAP"] for t in coco.THRESHOLDS]
+        means = [scores(match(found, *shape, t, convention))["mAP"] for t in coco.THRESHOLDS]
         mean = None if None in means else sum(means) / len(means)
         result["detectron2"] = {"AP": mean, "AP50": means[0], "AP75": means[5]}
     return result

@@ -127,6 +127,21 @@ class TestEvaluate:
         assert scores[0]["mAP_area"] == pytest.approx((1 + 9 / 16) / 2)
         assert "| ball | " in capsys.readouterr().out
 
+    def test_text_files_are_not_rounded_again(self, devkit, tmp_path):
+        """Two scores that differ in their fifth decimal: py-faster-rcnn's evaluator ranks the surer first."""
+        entry = next(e for e in self.perfect(devkit)[1] if e["category_id"] == 1)
+        x, y, w, h = entry["bbox"]
+        hit, miss = f"{x + 1} {y + 1} {x + w} {y + h}", "1 1 3 3"
+        (tmp_path / "comp").mkdir()
+        lines = [f"{entry['image_id']} 0.50001 {miss}", f"{entry['image_id']} 0.50002 {hit}"]
+        (tmp_path / "comp" / "comp3_det_test_ball.txt").write_text("\n".join(lines))
+        found = []
+        for preset in ("voc-devkit", "py-faster-rcnn", "detectron2", "ssd.pytorch"):
+            arguments = ["--devkit", str(devkit), "--detections", str(tmp_path / "comp"), "--preset", preset]
+            assert evaluate.main([*arguments, "--json", str(tmp_path / "s.json")]) == 0
+            found.append(json.loads((tmp_path / "s.json").read_text())["AP_area"]["ball"])
+        assert found == [pytest.approx(1 / 4)] * 4  # one of four balls, found first
+
     def test_bad_input(self, devkit, backbone, tmp_path):
         base = ["--devkit", str(devkit), "--detections"]
         with pytest.raises(UserError, match="no such file"):
