@@ -58,7 +58,15 @@ def test_fgsm_of_torchvisions_resnet_equals_a_plain_loop_over_images():
     labels = np.array([0, 1, 2, 3, 0])
     recipe = replace(SMALL, size=32, epsilon=8.0)
     classify = stress.classifier(model, mean, std, recipe, CPU)
-    found = stress.run_fgsm(classify, images, labels, recipe, CPU, "fgsm")
+    shown = []
+
+    def watched(pixels):
+        shown.append(pixels.detach().clone())
+        return classify(pixels)
+
+    found = stress.run_fgsm(watched, images, labels, recipe, CPU, "fgsm")
+    clean, moved = torch.cat(shown[::2]), torch.cat(shown[1::2])
+    assert float((moved - clean).abs().max()) == pytest.approx(8 / 255) and len(shown) == 4  # batches of 4
     attacked = stress.fgsm(classify, stress.to_pixels(images, CPU), torch.from_numpy(labels), 8 / 255)[0]
 
     for image, label, moved, clean, after in zip(images, labels, attacked, found["clean"], found["attacked"]):
