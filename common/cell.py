@@ -197,6 +197,10 @@ def open_run(
     """
     folder = Path(out).expanduser()
     if identity is None:
+        if "/" in backbone.name or backbone.name in (".", ".."):
+            raise UserError(
+                f"backbone name '{backbone.name}': it names a folder of the results, so give one without /"
+            )
         known = {k: getattr(backbone, k) for k in ("group", "method", "arch", "pretrain_seed")}
         identity = Identity(
             data, task, model, recipe_label, backbone.name, seed, **known, limit=limit, val_share=val_share
@@ -248,7 +252,8 @@ def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> I
             if old["keys"]["train"] != key:
                 changed = "; ".join(differences(old["inputs"]["train"], inputs)[:4])
                 raise UserError(
-                    f"{folder}: holds a run with {changed}; choose another --out, or --restart to replace it"
+                    f"{folder}: holds a run with {changed}; choose another --out (or --name, for another "
+                    "backbone), or --restart to replace it"
                 )
     except BaseException as error:
         lock.close()

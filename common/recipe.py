@@ -135,7 +135,7 @@ def override(recipe: R, settings: list[str]) -> R:
         try:
             changes[name] = _parse(text, hints[name])
         except ValueError:
-            raise UserError(f"--set {setting}: {text!r} is no {_type_name(hints[name])}") from None
+            raise UserError(f"--set {setting}: {name} takes {_wanted(hints[name])}") from None
     changed = dataclasses.replace(recipe, **changes)
     changed.check()
     return changed
@@ -143,9 +143,8 @@ def override(recipe: R, settings: list[str]) -> R:
 
 def _parse(text: str, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
-        return tuple(
-            _parse(part, typing.get_args(hint)[0]) for part in text.replace("+", ",").split(",") if part
-        )
+        parts = [] if text.lower() == "none" else text.replace("+", ",").split(",")
+        return tuple(_parse(part, typing.get_args(hint)[0]) for part in parts if part)
     if isinstance(hint, types.UnionType):
         return None if text.lower() == "none" else _parse(text, typing.get_args(hint)[0])
     if hint is bool:
@@ -155,8 +154,12 @@ def _parse(text: str, hint: Any) -> Any:
     return hint(text)
 
 
-def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+def _wanted(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return "numbers like 10,20, or none"
+    if isinstance(hint, types.UnionType):
+        return f"{_wanted(typing.get_args(hint)[0])}, or none"
+    return {bool: "true or false", int: "a whole number", float: "a number"}[hint]
 
 
 def label(name: str, settings: list[str], recipe: Fields) -> str:
@@ -194,6 +197,13 @@ def _show(value: Any) -> str:
     return ",".join(f"{v:g}" for v in value) or "none" if isinstance(value, tuple) else str(value)
 
 
+def seed(text: str) -> int:
+    """A `--seed`: a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 0 on is needed")
+    return int(text)
+
+
 def parser(description: str, recipes: dict[str, Recipe], default: str) -> argparse.ArgumentParser:
     """An argument parser with what every training script takes: recipe, seed, output, limits."""
     made = argparse.ArgumentParser(
@@ -216,7 +226,7 @@ def parser(description: str, recipes: dict[str, Recipe], default: str) -> argpar
         help="change one recipe field; repeatable",
     )
     made.add_argument(
-        "--seed", type=int, default=0, help="seed of initial weights, order, augmentation (default: 0)"
+        "--seed", type=seed, default=0, help="seed of initial weights, order, augmentation (default: 0)"
     )
     made.add_argument(
         "--limit",

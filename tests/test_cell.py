@@ -26,12 +26,12 @@ class Staged(Recipe):
 RECIPE = Staged(iterations=3, lr=0.1)
 
 
-def opened(out, recipe=RECIPE, **changes):
+def opened(out, recipe=RECIPE, name=None, **changes):
     inputs = {"train_fingerprint": "t", "test_fingerprint": "v", "seed": 0, "limit": 0} | changes
     return open_run(
         out,
         **{"task": "wsol", "data": "birds", "model": "cam", "recipe": recipe, "recipe_label": "tiny"},
-        backbone=load_backbone("scratch:resnet18_half"),
+        backbone=load_backbone("scratch:resnet18_half", name=name),
         **inputs,
     )
 
@@ -53,6 +53,13 @@ def complete(run):
         device=torch.device("cpu"),
         cost={"seconds": 1.0, "iterations": 3, "images": 6},
     )
+
+
+@pytest.mark.parametrize("name", ["a/b", "../../elsewhere", ".."])
+def test_a_backbone_name_is_one_folder(tmp_path, name):
+    with pytest.raises(UserError, match=f"backbone name '{name}': .* without /"):
+        opened(tmp_path / "results", name=name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cell_is_finished_only_with_cell_json(tmp_path):

@@ -20,7 +20,7 @@ from common.engine.optim import make_optimizer, make_schedulers, wrap
 from common.engine.state import Log
 from common.engine.streams import SAMPLE, STEP, Order, StepStreams, Streams, stream, torch_seed
 from common.errors import UserError
-from common.recipe import Recipe, override
+from common.recipe import Recipe, override, parser
 
 
 class Points:
@@ -263,11 +263,16 @@ def test_the_shortest_one_cycles():
 
 
 def test_recipe_settings_are_checked():
-    assert override(RECIPE, ["lr=0.5", "milestones=1,2.5", "nesterov=true"]).milestones == (1.0, 2.5)
+    changed = override(RECIPE, ["lr=0.5", "milestones=1,2.5", "nesterov=true"])
+    assert changed.milestones == (1.0, 2.5)
+    assert override(changed, ["milestones=none"]).milestones == ()  # as the help writes it
     for setting, message in {
         "lr": "write it as field=value",
         "learning_rate=1": "no field 'learning_rate'",
-        "batch=x": "'x' is no int",
+        "batch=x": "batch takes a whole number",
+        "lr=fast": "lr takes a number",
+        "nesterov=maybe": "nesterov takes true or false",
+        "milestones=1,x": "milestones takes numbers like 10,20, or none",
         "lr=-1": "above 0",
         "lr=nan": "lr=nan, it must be finite",
         "milestones=2,-1": "milestones=2,-1, it must be 0 or more",
@@ -282,6 +287,13 @@ def test_recipe_settings_are_checked():
             override(RECIPE, [setting])
     with pytest.raises(UserError, match="nesterov=true needs momentum"):
         override(RECIPE, ["optimizer=sgd", "nesterov=true", "momentum=0"])
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "x", ""])
+def test_a_seed_is_a_whole_number_from_0_on(text, capsys):
+    with pytest.raises(SystemExit):
+        parser("", {"tiny": RECIPE}, "tiny").parse_args(["--seed", text])
+    assert f"argument --seed: {text}: a whole number from 0 on is needed" in capsys.readouterr().err
 
 
 def test_uneven_processes_are_refused_by_name(tmp_path, monkeypatch):
