@@ -171,6 +171,8 @@ def _board(args: argparse.Namespace) -> int:
 
     board = make_board(_cells(args.folder), baseline=args.baseline)
     print(board_text(board, args.mean_rank))
+    for path in filter(None, (args.json, args.csv, args.markdown, args.latex, args.methods)):
+        make_folder(path.parent)
     if args.json:
         write_json(args.json, board_json(board))
     if args.csv:

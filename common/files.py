@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
     """Call `write(file)` on a temporary sibling of `path`, sync it and rename it to `path`.
 
     The temporary file is removed when writing fails, so the old `path` survives a full disk, for which UserError is
-    raised whatever the writer made of it.
+    raised whatever the writer made of it, as for a place where nothing can be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -27,12 +28,15 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if is_disk_full(error):
             line = (
                 f"{path}: no space left on its disk; free some and run again, what was there before is intact"
             )
             raise UserError(line) from None
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
         raise
 
 
@@ -55,7 +59,7 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file. Raises UserError naming the file and the place when it is missing or malformed."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:

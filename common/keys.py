@@ -10,6 +10,7 @@ from common.files import digest
 from common.recipe import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
+PROTOCOLS = {"detection": {"score": 2}}  # 1 where a task names none; 2: COCO's AP beside VOC's
 
 
 def stage_inputs(
@@ -25,7 +26,7 @@ def stage_inputs(
     protocol: Mapping[str, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What each stage depends on; `fields` are the recipe's fields by stage, `backbone` is a fingerprint."""
-    protocol = dict.fromkeys(STAGES, 1) | dict(protocol or {})
+    protocol = dict.fromkeys(STAGES, 1) | PROTOCOLS.get(task, {}) | dict(protocol or {})
     train = {
         "task": task,
         "model": model,

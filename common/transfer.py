@@ -151,8 +151,11 @@ def open_transfer(
         )
     if run.finished and is_main():
         print(f"finished already: {run.folder}")
-    elif is_main() and not backbone.scratch:
-        _check_adoption(run, backbone, train_set, device)
+    elif is_main():
+        for note in run.notes:
+            print(f"note: {note}")
+        if not backbone.scratch:
+            _check_adoption(run, backbone, train_set, device)
     return Transfer(run, backbone, train_set, test_set, device)
 
 

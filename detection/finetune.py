@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         args, task=TASK, model=args.detector, recipe=recipe, settings=args.set, reader=open_detection
     )
     run, backbone, train_set, test_set = opened.run, opened.backbone, opened.train_set, opened.test_set
-    for text in [*class_notes(train_set, test_set), *([line] if line else [])]:
-        run.note(text)
+    notes = [*class_notes(train_set, test_set), *([line] if line else [])]
+    for note in notes:
+        run.note(note)
     trained = (run.folder / "weights.pt").exists()
     if args.eval_only and not trained:
         raise UserError(f"--eval-only: {run.folder} holds no finished training; run without it first")
@@ -71,9 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(torch_seed(INIT, args.seed))
     model = build(backbone, recipe, len(train_set.classes), run, device)
     if is_main():
-        for note in run.notes:
-            if not note.startswith("backbone: "):  # said already
-                print(f"note: {note}")
+        for note in notes:
+            print(f"note: {note}")
         write_facts(run.folder, args.detector, backbone, train_set.classes, recipe)
     cost = train(
         model,

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data.check import check_images
 from common.data.decode import read_headers, read_rgb
 from common.data.pictures import find_pictures, picture_names, write_jpeg
 from common.data.types import DetectionSet
@@ -85,17 +84,9 @@ def arguments() -> argparse.ArgumentParser:
 def open_pictures(given: Sequence[Path], classes: Sequence[str]) -> DetectionSet:
     """Pictures and the pictures in folders, in order, as a set without objects; `ids` are file names to draw into.
 
-    Raises UserError for a path that is not there, a folder without pictures, and a named file that cannot be read;
-    those of a folder that cannot are left out, said on stderr.
+    Raises UserError as `find_pictures` does.
     """
     paths = find_pictures(given)
-    bad = [paths[i] for i in check_images(paths, skip_bad=True)]
-    named = {path.expanduser() for path in given}
-    for path in bad:
-        if path in named or len(bad) == len(paths):
-            raise UserError(f"{path}: not a readable image, or cut short; leave it out")
-        print(f"left out: {path}: not a readable image, or cut short", file=sys.stderr)
-    paths = [path for path in paths if path not in bad]
     headers = read_headers(paths)
     turned = headers[:, 2:] >= 5
     none = np.zeros(0, np.int64)

@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"finished already: {file}")
         return 0
     run.note_data(train_set.report, test_set.report)
+    if is_main():
+        for note in run.notes:
+            print(f"note: {note}")
     torch.manual_seed(torch_seed(INIT, args.seed))
     model = build(arch, len(train_set.classes))
     hooks = install(model, recipe)

@@ -10,6 +10,7 @@ import torch
 from shapes import MEAN, finetune_args
 from torch import nn
 
+from common import keys
 from common.backbone import Backbone
 from common.data import open_detection
 from common.engine.loader import MicroBatches, Positions, make_loader
@@ -218,6 +219,23 @@ class TestFinetune:
         model, recipe, classes = load_detector(cell.parent)
         assert recipe.short_sides == (64, 80, 96) and classes == ["ball", "cube"]
         assert model.neck == recipe.neck
+
+    def test_cells_of_an_earlier_scoring_are_scored_again_and_not_trained(
+        self, devkit, backbone, tmp_path, monkeypatch, capsys
+    ):
+        arguments = finetune_args(devkit, backbone, tmp_path, "ssd300")
+        with monkeypatch.context() as patch:
+            patch.setattr(keys, "PROTOCOLS", {})
+            assert finetune.main(arguments) == 0
+        (cell,) = tmp_path.rglob("cell.json")
+        before = json.loads(cell.read_text())
+        kept = {name: (cell.parent / name).stat().st_mtime_ns for name in ("weights.pt", "predictions.json")}
+        assert finetune.main(arguments) == 0
+        after = json.loads(cell.read_text())
+        assert [one["inputs"]["score"]["protocol"] for one in (before, after)] == [1, 2]
+        assert after["metrics"] == before["metrics"] and after["keys"]["predict"] == before["keys"]["predict"]
+        assert kept == {name: (cell.parent / name).stat().st_mtime_ns for name in kept}
+        assert "finished already" not in capsys.readouterr().out
 
 
 class TestClassNotes:

@@ -31,7 +31,7 @@ from common.data.boxes import read_box_csv
 from common.data.decode import threaded
 from common.data.layout import Report, need_folder
 from common.errors import UserError, run_main
-from common.files import write_json
+from common.files import make_folder, write_json
 from common.metrics import rescore
 from common.metrics.localisation import IOU_RIGHT, best_centred_box, best_iou
 from wsol.boxes import boxes_from_maps, to_crop
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     protocols = (args.protocol,) if args.protocol else PROTOCOLS
     resize, crop = frame(args, protocols)
+    if args.json:
+        make_folder(args.json.parent)  # now, not after the work
     report = Report()
     shares = read_box_csv(args.boxes, report) if args.boxes else {}
     need_folder(args.scoremaps, "one .npy of 2-D scores an image, named as in the box list")

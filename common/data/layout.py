@@ -55,7 +55,8 @@ def need_present(listed: Path | str, what: str, paths: Collection[Path]) -> None
     absent = [path for path in paths if path.name not in names[path.parent]]
     if absent:
         raise UserError(
-            f"{listed}: {len(absent)} of {len(paths)} {what} listed there are absent (first: {absent[0]})"
+            f"{listed}: {len(absent)} of {len(paths)} {what} listed there are absent (first: {absent[0]}); add "
+            "them, or take their lines out"
         )
 
 

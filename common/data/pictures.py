@@ -1,12 +1,14 @@
 """Pictures that a user names, and pictures written for a user."""
 
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from common.data.check import check_images
 from common.data.decode import resize
 from common.errors import UserError
 from common.files import write_atomic
@@ -15,8 +17,19 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def find_pictures(given: Sequence[Path]) -> list[Path]:
-    """Picture files, and the pictures directly in folders, in order. UserError for what is neither."""
-    return [path for one in given for path in _expand(one.expanduser())]
+    """Picture files, and the pictures directly in folders, in order; unreadable ones of a folder are left out, aloud.
+
+    Raises UserError for a path that is neither file nor folder, a folder without a readable picture, and a named file
+    that is none.
+    """
+    given = [path.expanduser() for path in given]
+    paths = [path for one in given for path in _expand(one)]
+    bad = {paths[i] for i in check_images(paths, skip_bad=True)}
+    for path in sorted(bad):
+        if path in given or len(bad) == len(set(paths)):
+            raise UserError(f"{path}: not a readable image, or cut short; leave it out")
+        print(f"left out: {path}: not a readable image, or cut short", file=sys.stderr)
+    return [path for path in paths if path not in bad]
 
 
 def _expand(path: Path) -> list[Path]:
