@@ -11,6 +11,8 @@ from PIL import Image
 
 from common.errors import UserError
 
+pytest.register_assert_rewrite("shapes", "synthetic_cells", "planned_cells")  # they hold fixtures
+
 torch.set_num_threads(1)  # the suite's networks are too small to share among threads
 
 
