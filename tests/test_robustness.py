@@ -345,6 +345,24 @@ def test_bad_arguments_are_refused(trained, class_folders, tmp_path, what):
     assert not list(tmp_path.rglob("cell.json"))
 
 
+def test_part_of_the_classes_and_other_weights_of_a_name(trained, class_folders, tmp_path):
+    """The network's own index of a class counts, and a name's cell is not taken for another file's."""
+    write_class_folders(tmp_path / "two", classes=("dog", "fox"))
+    arguments = ("--tests", "fgsm", "--name", "a")
+    call(trained, tmp_path / "two", tmp_path / "out", *arguments, files=["cutmix/cutmix.pt"])
+    evaluate.main(
+        ["--backbone", str(trained / "cutmix/cutmix.pt"), "--data", f"folder:{tmp_path / 'two'}"]
+        + ["--out", str(tmp_path / "out")]
+    )
+    cells = {c.identity.task: c.metrics for c in load_cells(tmp_path / "out")}
+    assert cells["robustness"]["top-1 clean"] == cells["classification"]["top-1"]
+    labels = np.load(next((tmp_path / "out").rglob("fgsm/**/predictions.npz")))["clean"]
+    truth = np.repeat([1, 2], 6)
+    assert cells["robustness"]["top-1 clean"] == (labels == truth).mean()
+    with pytest.raises(UserError, match="holds a run with backbone="):
+        call(trained, tmp_path / "two", tmp_path / "out", *arguments, files=["baseline/baseline.pt"])
+
+
 def test_wrong_files_and_data_are_refused(trained, class_folders, tmp_path):
     content = torch.load(trained / "cutmix/cutmix.pt", weights_only=True)
     state = {k: v for k, v in content["state_dict"].items() if not k.startswith("fc.")}

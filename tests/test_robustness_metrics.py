@@ -9,7 +9,7 @@ from common.metrics import ood, rescore
 from common.metrics.robustness import pair_mean
 from pretrain import stress
 from pretrain.outliers import PAPER
-from pretrain.robustness_report import statistics
+from pretrain.robustness_report import RATES, roc_curves, statistics
 
 
 def plain_ood(inside, outside):
@@ -58,6 +58,20 @@ def test_ood_rows_without_an_image_of_one_side_are_nan():
     for rates in (ood.roc([2, 3], [1, 2], weights, ones), ood.roc([2, 3], [1, 2], ones, weights)):
         for values in ood.scores(*rates).values():
             assert np.isfinite(values[0]) and np.isnan(values[1])
+
+
+def test_a_drawn_roc_curve_is_the_largest_true_rate_at_each_false_rate():
+    rng = np.random.default_rng(0)
+    found = {
+        "confidence": rng.integers(0, 20, 90) / 7,
+        "set": np.repeat([0, 1], [50, 40]),
+        "sets": np.array(["a"]),
+    }
+    inside, outside = found["confidence"][:50], found["confidence"][50:]
+    thresholds = [np.inf, *found["confidence"]]
+    for rate, true in zip(RATES, roc_curves(found)["a"]):
+        possible = [(inside >= t).mean() for t in thresholds if (outside >= t).mean() <= rate]
+        assert true == pytest.approx(max(possible))
 
 
 def random_statistics(test, rng, n=12):
