@@ -8,6 +8,7 @@ import torch
 
 from common.cell import Run
 from common.engine import SPLIT, stream
+from common.errors import UserError
 from common.metrics import rescore
 from common.metrics.classification import true_rank
 
@@ -22,8 +23,14 @@ def evaluate(
     "images": the per-image statistics; "metrics" and "chance" (the same predictions, shuffled over the images):
     fractions; "by class": top-1 of each class that has images; "confusions": (true, predicted, images), most frequent
     first; "calibration error": mean |confidence − accuracy| over 15 bins of equal width, weighted by their images
-    (Guo et al., 2017).
+    (Guo et al., 2017). Raises UserError naming the image of a logit that is not finite.
     """
+    bad = ~np.isfinite(logits).all(1)
+    if bad.any():
+        raise UserError(
+            f"image {ids[bad.argmax()]}: its logits are not finite ({bad.sum()} of {len(bad)} images); the weights are "
+            "broken: train again with a lower rate (--restart --set lr=…)"
+        )
     rank = true_rank(logits, labels)
     shared = {"ids": np.array(ids), "num_classes": np.array(logits.shape[1])}
     statistics = {**shared, "rank": rank.astype(np.int16)}

@@ -218,6 +218,9 @@ def test_numbers_of_the_report():
     assert found["metrics"] == {"top-1": 0.75} and found["confusions"] == [("dog", "cat", 1)]
     assert found["by class"] == {"cat": 1.0, "dog": 0.5}
     assert found["calibration error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
+    broken = np.array([[0.0, 1], [np.nan, 0], [np.inf, 0]])
+    with pytest.raises(UserError, match=r"image b: its logits are not finite \(2 of 3 images\)"):
+        report.evaluate(broken, np.array([0, 1, 1]), ["a", "b", "c"], ["x", "y"])
     low, high = report.wilson(0.75, 100)
     assert (low, high) == pytest.approx((0.6570, 0.8245), abs=1e-4)  # R's binom.wilson(75, 100)
 
