@@ -1,6 +1,7 @@
 """Choe et al.'s protocol against their loop, statistics under weights, pictures and predictions of finished runs."""
 
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -304,6 +305,13 @@ def test_predict_draws_figure_4(runs, cub, tmp_path, capsys):
         assert found["IoU"] == pytest.approx(scored["iou_top1"][number], abs=0.05)
         with Image.open(out / f"{Path(entry['image']).stem}.png") as picture:
             assert picture.width > 3 * 112
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(images[0], folder)
+    (folder / "notes.txt").touch()
+    assert predict.main(["--run", *map(str, runs), str(folder), "--out", str(tmp_path / "more")]) == 0
+    of_folder = json.loads((tmp_path / "more" / "localisation.json").read_text())
+    assert [Path(entry["image"]).parent for entry in of_folder] == [folder] and len(of_folder[0]["runs"]) == 2
     drawn = [str(runs[0]), images[0], "--label", "nothing", "--out", str(out)]
     with pytest.raises(UserError, match="class 'nothing' is unknown to this run; it knows Auk"):
         predict.main(["--run", *drawn])
@@ -323,6 +331,7 @@ def test_predict_refusals(runs, tmp_path):
         (["--run", str(tmp_path / "no"), "x.jpg"], "no such folder"),
         (["--run", str(runs[0])], "name images to localise in, or two with --mix"),
         (["--run", str(tmp_path), "x.jpg"], "no finished run"),
+        (["--run", str(runs[0]), "x.jpg"], "x.jpg: no such file"),
         (["--run", str(runs[0]), "--mix", "a.jpg", "b.jpg", "--lam", "1"], "λ is above 0"),
     ):
         with pytest.raises(UserError, match=match):

@@ -3,10 +3,11 @@
     python wsol/predict.py --run DIR [DIR …] IMAGE… [--boxes FILE] [--label CLASS] [--out DIR]
     python wsol/predict.py --run DIR [DIR …] --mix A.jpg B.jpg [--classes A B] [--out DIR]
 
-DIR is a run folder of wsol/finetune.py. The first form draws the paper's figure 4: for each image OUT/NAME.png with
-heat, the true box in red (of --boxes, rows `path,x0,y0,x1,y1` in shares; an image is the one whose path ends so) and
-the found box in green, a column a run; and OUT/localisation.json. The map is of the class predicted, or of --label;
-IoU is taken inside the test crop, where the maps are, as the scores take it.
+DIR is a run folder of wsol/finetune.py; another folder after it stands for the pictures directly in it. The first form
+draws the paper's figure 4: for each image OUT/NAME.png with heat, the true box in red (of --boxes, rows
+`path,x0,y0,x1,y1` in shares; an image is the one whose path ends so) and the found box in green, a column a run; and
+OUT/localisation.json. The map is of the class predicted, or of --label; IoU is taken inside the test crop, where the
+maps are, as the scores take it.
 The second draws the paper's figure 1, OUT/mixed-NAME.png a run: two images, mixed by Mixup, Cutout and CutMix, with the
 maps of both their classes (those predicted for the originals, unless --classes names them).
 """
@@ -32,6 +33,7 @@ import torch
 from common.data.boxes import read_box_csv
 from common.data.decode import read_rgb
 from common.data.layout import Report
+from common.data.pictures import find_pictures
 from common.engine import pick_device
 from common.errors import UserError, run_main
 from common.files import make_folder, write_json
@@ -47,15 +49,16 @@ WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
 def main(argv: list[str] | None = None) -> int:
     """Arguments → networks → pictures."""
     args = arguments().parse_args(argv)
-    # argparse gives --run all that follows it: folders are runs, the rest are images
-    folders = [path for path in args.run if path.is_dir()]
-    images = [path for path in args.run if not path.is_dir()] + args.images
-    if not folders:
+    if not args.run[0].is_dir():
         raise UserError(f"--run {args.run[0]}: no such folder")
-    if bool(images) == bool(args.mix):
+    # argparse gives --run all that follows it: past the first, a folder without a recipe holds pictures
+    folders = args.run[:1] + [path for path in args.run[1:] if (path / "recipe.json").is_file()]
+    given = [path for path in args.run if path not in folders] + args.images
+    if bool(given) == bool(args.mix):
         raise UserError("name images to localise in, or two with --mix A B, not both")
     device = pick_device(args.device)
     predictors = [load_predictor(folder, device) for folder in folders]
+    images = find_pictures(given)
     if not 0 < args.lam < 1:
         raise UserError(f"--lam {args.lam}: λ is above 0 and below 1")
     make_folder(args.out)
@@ -80,7 +83,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--run", type=Path, nargs="+", required=True, metavar="DIR", help="run folders")
-    made.add_argument("images", type=Path, nargs="*", help="images to localise in")
+    made.add_argument("images", type=Path, nargs="*", help="images to localise in, and folders of them")
     made.add_argument("--boxes", type=Path, metavar="FILE", help="true boxes, path,x0,y0,x1,y1 in shares")
     made.add_argument("--label", metavar="CLASS", help="class whose map is drawn (default: the predicted)")
     made.add_argument("--mix", type=Path, nargs=2, metavar=("A", "B"), help="two images to mix (figure 1)")
