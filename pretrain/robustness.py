@@ -43,7 +43,7 @@ from common.data.types import ImageSet
 from common.engine import is_main, pick_device
 from common.errors import UserError, run_main
 from common.files import digest, read_json, write_json, write_npz
-from common.recipe import describe, label, override
+from common.recipe import describe, label, override, seed
 from common.transfer import data_or_world, reading, reading_arguments
 from pretrain import stress, stress_pictures
 from pretrain.evaluate import as_backbone, class_index, load
@@ -129,7 +129,7 @@ def arguments() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="change one recipe field; repeatable",
     )
-    made.add_argument("--seed", type=int, default=0, help="seed of pairs and noise (default: 0)")
+    made.add_argument("--seed", type=seed, default=0, help="seed of pairs and noise (default: 0)")
     made.add_argument(
         "--name",
         nargs="+",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.engine import SPLIT, autocast, stream
+from common.errors import UserError
 from common.progress import progress
 from pretrain.recipes import RobustnessRecipe
 
@@ -82,10 +83,10 @@ def run_fgsm(
     for part in batches(len(images), recipe.test_batch, desc):
         pixels = to_pixels(images[part], device)
         moved, logits, steepest = fgsm(classify, pixels, truth[part], recipe.epsilon / 255)
-        clean.append(logits.argmax(1))
+        clean.append(best(logits))
         blind.append(steepest == 0)
         with torch.inference_mode():
-            attacked.append(classify(moved).argmax(1))
+            attacked.append(best(classify(moved)))
     return {"clean": gathered(clean), "attacked": gathered(attacked), "blind": gathered(blind)}
 
 
@@ -108,8 +109,8 @@ def run_occlusion(
     centre, boundary = [], []
     for part in batches(len(images), recipe.test_batch, desc):
         pixels = to_pixels(images[part], device)
-        hidden = [classify(torch.where(mask, fill, pixels)).argmax(1) for mask in masks]
-        around = [classify(torch.where(mask, pixels, fill)).argmax(1) for mask in masks[1:-1]]
+        hidden = [best(classify(torch.where(mask, fill, pixels))) for mask in masks]
+        around = [best(classify(torch.where(mask, pixels, fill))) for mask in masks[1:-1]]
         centre.append(torch.stack(hidden, 1))
         boundary.append(torch.stack([hidden[-1], *around, hidden[0]], 1))  # nothing and everything shown
     return {"centre": gathered(centre), "boundary": gathered(boundary)}
@@ -147,8 +148,8 @@ def run_between(
     mixup, cutmix = [], []
     for part in batches(len(pairs), recipe.test_batch, desc, "pair"):
         first, second = (to_pixels(images[pairs[part, k]], device) for k in (0, 1))
-        mixed = [classify(torch.lerp(first, second, weight)).argmax(1) for weight in weights]
-        pasted = [classify(torch.where(mask, second, first)).argmax(1) for mask in masks[1:-1]]
+        mixed = [best(classify(torch.lerp(first, second, weight))) for weight in weights]
+        pasted = [best(classify(torch.where(mask, second, first))) for mask in masks[1:-1]]
         mixup.append(torch.stack(mixed, 1))
         cutmix.append(torch.stack([mixed[0], *pasted, mixed[-1]], 1))  # the whole first, the whole second
     return {"mixup": gathered(mixup), "cutmix": gathered(cutmix)}
@@ -175,13 +176,13 @@ def run_confidence(
 
 
 def log_confidence(logits: Tensor) -> Tensor:
-    """Log of the largest softmax probability, float64 (N,), of logits (N, C).
+    """Log of the largest softmax probability, float64 (N,), of logits (N, C); NaN where one is not finite.
 
     In float32 the probability itself is 1.0 for many confident images, which would tie.
     """
     ahead, best = logits.double().max(1, keepdim=True)
     others = (logits.double() - ahead).exp().scatter(1, best, 0)
-    return -torch.log1p(others.sum(1))
+    return torch.where(logits.isfinite().all(1), -torch.log1p(others.sum(1)), torch.nan)
 
 
 def noise(kind: str, start: int, count: int, size: int, seed: int) -> np.ndarray:
@@ -214,7 +215,20 @@ def batches(count: int, size: int, desc: str, unit: str = "img") -> Iterator[sli
             bar.update(part.stop - part.start)
 
 
+def best(logits: Tensor) -> Tensor:
+    """The class of the highest logit, int64 (N,); −1 where one is not finite."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
 def gathered(parts: list[Tensor]) -> np.ndarray:
-    """The batches' answers as one array: class indices as int32, others as they are."""
+    """The batches' answers as one array, classes as int32. Raises UserError where logits were not finite."""
     whole = torch.cat(parts).cpu().numpy()
+    bad = int(
+        (np.isnan(whole) if whole.dtype == np.float64 else whole < 0).reshape(len(whole), -1).any(1).sum()
+    )
+    if bad:
+        raise UserError(
+            f"logits are not finite for {bad} of {len(whole)} images: the weights are broken, or too large for this "
+            "arithmetic (--set precision=fp32)"
+        )
     return whole.astype(np.int32) if whole.dtype == np.int64 else whole

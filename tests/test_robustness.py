@@ -96,6 +96,21 @@ def test_an_image_without_gradient_is_counted():
     assert found["blind"].tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(broken):
+    images = np.full((3, 8, 8, 3), 255, np.uint8)
+
+    def classify(pixels):
+        return pixels.mean((2, 3)) * torch.tensor([1, 1, broken])
+
+    with pytest.raises(UserError, match="not finite for 3 of 3 images"):
+        stress.run_fgsm(classify, images, np.zeros(3, np.int64), SMALL, CPU, "fgsm")
+    with pytest.raises(UserError, match="not finite for 3 of 3 images"):
+        stress.run_occlusion(classify, images, (0.5,) * 3, SMALL, CPU, "occlusion")
+    with pytest.raises(UserError, match="not finite for 3 of 3 images"):
+        stress.run_confidence(classify, 3, images.__getitem__, SMALL, CPU, "ood")
+
+
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("fill", ["mean", "black"])
 def test_occlusion_hides_the_centre_or_all_but_it(size, fill):
@@ -327,6 +342,7 @@ BAD = {
     "epsilon": (["--set", "epsilon=300"], "epsilon=300, it is of 255"),
     "fill": (["--set", "fill=grey"], "choose one of mean, black"),
     "size": (["--set", "size=99"], "nothing could be cropped"),
+    "name": (["--name", "a/b", "c"], "give one without /"),
     "names": (["--name", "a"], "1 names for 2 backbones"),
     "equal names": (["--name", "a", "a"], "are both named a; name each"),
     "no folder": (["--ood", "x=folder:/nowhere"], "/nowhere: no such folder"),
