@@ -46,7 +46,7 @@ class Cell:
     @property
     def scratch(self) -> bool:
         """Whether the backbone had random weights."""
-        return str(self.backbone.get("source", "")).startswith("scratch")
+        return str(self.backbone.get("source", "")).partition(":")[0] == "scratch"
 
     @property
     def pretraining(self) -> Hashable:
