@@ -83,8 +83,8 @@ def file_digest(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def make_folder(path: Path | str) -> Path:
-    """Create an output folder and prove that it can be written to. Raises UserError when it cannot."""
+def make_folder(path: Path | str, advice: str = "choose another output folder") -> Path:
+    """Create a folder and prove that it can be written to. Raises UserError with the `advice` when it cannot."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,5 @@ def make_folder(path: Path | str) -> Path:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot write there ({error.strerror}); choose another output folder"
-        ) from None
+        raise UserError(f"{path}: cannot write there ({error.strerror}); {advice}") from None
     return path

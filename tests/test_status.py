@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 from planned_cells import finish, look, save
 
 from common.board import preflight
-from common.board.commands import to_run
+from common.board.commands import status, to_run
 from common.board.facts import Facts
 from common.board.plan import expected_inputs, pretrain_job
 from common.board.records import write_record
@@ -29,6 +30,11 @@ def test_status_done_and_drifted(tmp_path, facts, finished):
     assert look(job, tmp_path, facts) == Status(job, "done", drifted=True)
     assert to_run([Status(job, "done", drifted=True)], strict=False, replace_stale=False) == [job]
     assert to_run([Status(job, "done", drifted=True)], strict=True, replace_stale=False)[0].restart
+
+
+def test_status_of_a_folder_without_a_grid_says_what_lists_its_cells(tmp_path):
+    with pytest.raises(UserError, match=f"no `backbench run` has planned a grid .* backbench ls {tmp_path}"):
+        status(Namespace(grid=tmp_path, all=False))
 
 
 def test_status_names_the_stale_stage_and_the_changed_input(tmp_path, facts, finished):

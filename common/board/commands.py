@@ -281,6 +281,11 @@ def status(args: argparse.Namespace) -> int:
     facts = Facts()
     if args.grid.is_dir():
         folder = args.grid.absolute()
+        if not plan_file(folder).is_file():
+            raise UserError(
+                f"{args.grid}: no `backbench run` has planned a grid there; give its TOML file, or list the cells "
+                f"that are there: backbench ls {args.grid}"
+            )
         jobs, content = read_jobs(plan_file(folder))
         if Path(content["folder"]).is_dir():
             os.chdir(content["folder"])

@@ -246,7 +246,7 @@ def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"{request.full_url}: cannot be reached ({reason}); check the network, give a mirror with --url-base, "
-            "or put the file into ROOT/archives by hand"
+            "or put the file into the folder archives of --root by hand"
         ) from None
 
 

@@ -65,7 +65,7 @@ def ensure_world(root: Path | str | None = None, *, size: str = "tiny", seed: in
     manifest = {"format": "backbench-scenes", "version": VERSION, "size": size, "seed": seed, "images": total}
     if _holds(target, manifest):
         return World(target)
-    make_folder(root)
+    make_folder(root, "set BACKBENCH_CACHE to a folder for the drawn images")
     with locked(root / f".{target.name}"):
         if _holds(target, manifest):  # another process drew it while this one waited
             return World(target)
