@@ -20,6 +20,7 @@ from common.engine.optim import make_optimizer, make_schedulers, wrap
 from common.engine.state import Log
 from common.engine.streams import SAMPLE, STEP, Order, StepStreams, Streams, stream, torch_seed
 from common.errors import UserError
+from common.progress import progress
 from common.recipe import Recipe, override, parser
 
 
@@ -298,8 +299,26 @@ def test_a_seed_is_a_whole_number_from_0_on(text, capsys):
 
 def test_uneven_processes_are_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("common.engine.loop.world", lambda: 3)
-    with pytest.raises(UserError, match="3 processes cannot share 2 micro-batches"):
+    with pytest.raises(
+        UserError, match=r"3 processes cannot share 2 micro-batches .* --set batch=… that 3 div"
+    ):
         run(tmp_path / "a")
+    monkeypatch.setattr("common.engine.loop.world", lambda: 4)
+    with pytest.raises(UserError, match=r"4 processes cannot share 2 micro-batches .* --set micro_batch=2 "):
+        run(tmp_path / "a")
+
+
+def test_a_bar_in_a_file_is_lines(capsys, monkeypatch):
+    monkeypatch.delenv("BACKBENCH_QUIET", raising=False)
+    with progress(desc="going", total=3, mininterval=0) as bar, progress(desc="inner", total=1, leave=False):
+        for _ in range(3):
+            bar.update()
+            bar.set_postfix_str("loss 2", refresh=False)
+    text = capsys.readouterr().err
+    assert "\r" not in text and "\x1b" not in text and text.endswith("\n")
+    lines = text.splitlines()
+    assert len(set(lines)) == len(lines) and all(line.startswith(("going: ", "inner: ")) for line in lines)
+    assert "3/3" in lines[-1] and lines[-1].endswith("loss 2]")
 
 
 def test_engine_equals_a_plain_loop(tmp_path):

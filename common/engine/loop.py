@@ -109,9 +109,11 @@ class _Training:
         micro = recipe.micro_batch or recipe.batch
         total = recipe.batch // micro
         if total % world():
+            each, rest = divmod(recipe.batch, world())
+            advice = f"a --set batch=… that {world()} divides" if rest else f"--set micro_batch={each}"
             raise UserError(
-                f"{world()} processes cannot share {total} micro-batches of {micro} images evenly: "
-                f"--set micro_batch=… so that batch / micro_batch is a multiple of {world()}"
+                f"{world()} processes cannot share {total} micro-batches of {micro} images evenly: {advice} "
+                "(batch norm sees the images of a micro-batch)"
             )
         share = total // world()
         self.micros = range(rank() * share, (rank() + 1) * share)
@@ -258,7 +260,7 @@ class _Training:
             **{k: v for k, v in means.items() if k != "loss"},
             "seconds": round(self.seconds, 2),
         }
-        bar.set_postfix_str(f"loss {loss:.3g}")
+        bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
         self.log.write(line)
 
     def _position(self) -> dict[str, Any]:
