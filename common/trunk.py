@@ -194,7 +194,9 @@ def normalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Te
     """uint8 images (N, H, W, 3) or (N, 3, H, W) → float32 (N, 3, H, W), RGB/255 less `mean`, over `std`."""
     if images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2)
-    mean, std = (_constant(tuple(v), images.device) for v in (mean, std))
+    # the compiler looks through a cache, with a warning
+    constant = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
+    mean, std = (constant(tuple(v), images.device) for v in (mean, std))
     return images.float().sub_(mean).div_(std)
 
 

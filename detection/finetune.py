@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "--compile: Faster R-CNN's shapes change from image to image; leave it out, or use ssd300"
         )
+    if args.every < 0:
+        raise UserError(f"--every {args.every}: give a number of iterations, or 0 for no scores on the way")
     if args.recipe not in RECIPES[args.detector]:
         raise UserError(f"--recipe {args.recipe}: {args.detector} has {', '.join(RECIPES[args.detector])}")
     named = RECIPES[args.detector][args.recipe]

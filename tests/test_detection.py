@@ -118,6 +118,10 @@ class TestFinetune:
         with pytest.raises(UserError, match="leave it out"):
             finetune.main([*finetune_args(devkit, backbone, tmp_path, "faster_rcnn"), "--compile"])
 
+    def test_refuses_to_score_at_negative_intervals(self, devkit, backbone, tmp_path):
+        with pytest.raises(UserError, match="--every -1: give a number of iterations"):
+            finetune.main([*finetune_args(devkit, backbone, tmp_path, "ssd300"), "--every", "-1"])
+
     @pytest.mark.parametrize("detector", ["ssd300", "faster_rcnn"])
     def test_every_recipe_by_its_name(self, backbone, tmp_path, detector):
         for name in {name for recipes in RECIPES.values() for name in recipes}:
