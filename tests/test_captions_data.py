@@ -45,6 +45,13 @@ def test_karpathy_splits(karpathy):
         (folder / image.pop("filepath") / image["filename"]).rename(folder / image["filename"])
         del image["cocoid"]
     assert open_captions(write() + ",name=flickr")[1].ids == [3, 4]
+    (folder / "images").mkdir()
+    for image in images:
+        (folder / image["filename"]).rename(folder / "images" / image["filename"])
+    for spec in (write(), f"{write()},images={folder / 'images'}"):
+        test = open_captions(spec)[1]
+        assert test.paths == [folder / "images" / f"{i}.png" for i in (3, 4)]
+        assert test.name == f"{folder.name}-karpathy"
 
 
 def test_bad_karpathy_splits(karpathy):

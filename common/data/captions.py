@@ -24,7 +24,7 @@ def read_captions(spec: DataSpec) -> tuple[CaptionSet, CaptionSet]:
     `test_images=` are one each; the test set is `test=` where given, else `val=`. `captions:DIR` finds the files by
     COCO's names, those of 2014 before those of 2017; `year=2017` asks for the latter.
     `captions:DIR,karpathy=dataset_coco.json` trains on the file's train and restval images and tests on its test
-    images; `test=val` on its val images.
+    images; `test=val` on its val images. The images lie in DIR or DIR/images, or in `images=`.
     """
     root = need_folder(spec.path, LAYOUT) if spec.path else None
     if "karpathy" in spec.options:
@@ -133,10 +133,15 @@ def _read_karpathy(spec: DataSpec, root: Path | None) -> list[CaptionSet]:
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
         raise UserError(f"{file}: has no list 'images'; expected a Karpathy split file (dataset_coco.json)")
+    if (
+        "images" not in spec.options and (folder / "images").is_dir()
+    ):  # Flickr's, which the file names no folder of
+        named = {str(image.get("filepath", "")) for image in images if isinstance(image, dict)}
+        if not any(name and (folder / name).is_dir() for name in named):
+            folder = folder / "images"
     parts = {"train": ("train", "restval"), tested: (tested,)}
-    return [
-        _karpathy_part(_set_name(spec, folder), file, folder, images, splits) for splits in parts.values()
-    ]
+    name = _set_name(spec, root or folder)
+    return [_karpathy_part(name, file, folder, images, splits) for splits in parts.values()]
 
 
 def _karpathy_part(
