@@ -15,7 +15,8 @@ from synthetic_cells import MODELS, SKILL, N, backbone, row_named, write_cell
 from common.board.cells import load_cells, rescore_cells
 from common.board.columns import deviations
 from common.board.paper import COLUMNS, reference
-from common.board.statistics import IMAGES, METHOD, draw_weights
+from common.board.statistics import draw_weights
+from common.board.strata import IMAGES, METHOD
 from common.board.table import board_csv, board_json, board_markdown, board_text, make_board
 from common.board.writing import board_latex, methods, methods_latex, methods_markdown
 from common.cli import _main

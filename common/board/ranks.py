@@ -13,7 +13,8 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import rankdata
 
-from common.board.statistics import CONFIDENCE, Sample, Stratum, finite, strata
+from common.board.statistics import CONFIDENCE, finite
+from common.board.strata import Sample, Stratum, strata
 from common.files import digest
 
 Noise = Callable[
@@ -113,19 +114,16 @@ def draws(sample: Sample, noise: Noise) -> tuple[float, np.ndarray]:
     """A row's score, and draws of it (R,) about it: its resampled images plus chance in training.
 
     The spread of a stratum's values holds what differs between runs from image to image, which the resampling holds
-    too: that part is taken out of the noise.
+    too, and that of what seeds give to all pretrainings alike holds the rest: both are taken out of the noise.
     """
     parts = strata(sample)
     value = sum(part.share * part.values.mean() for part in parts)
     values = value + sum(part.share * part.deviations.mean(0) for part in parts)
     for place, part in enumerate(parts):
-        k = len(part.values)
-        seen = part.values.var(ddof=1) if k > 1 else 0.0
-        if seen > 0:
-            own = max(0.0, 1 - part.deviations.var(0, ddof=1).mean() / seen)
-            values = values + part.share * np.sqrt(own) * (part.values - part.values.mean()) @ noise(
-                part, place
-            )
+        variance, interaction, seen = part.variances() if len(part.values) > 1 else (0.0, 0.0, 0.0)
+        if variance > interaction:
+            own = part.share * ((variance - interaction) / seen) ** 0.5
+            values = values + own * (part.values - part.values.mean()) @ noise(part, place)
     return float(value), values
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from common.board.columns import Column
 from common.board.leaderboard import Board, Measure, Row, baseline_of, make_board
-from common.board.statistics import CONFIDENCE, IMAGES, LEVELS, MOST_SEEDS, POWER, Difference, Score
+from common.board.statistics import CONFIDENCE, MOST_SEEDS, POWER, Difference, Score
+from common.board.strata import IMAGES, LEVELS
 
 __all__ = ["board_csv", "board_json", "board_markdown", "board_text", "make_board"]
 
@@ -31,7 +32,7 @@ def signed(value: float, digits: int = 1) -> str:
 
 def half_width(found: Score | Difference) -> float:
     """Half of a symmetric interval, before a score's was cut at the ends of its range."""
-    return max(found.high - found.value, found.value - found.low)
+    return found.half
 
 
 def excludes_zero(found: Difference) -> bool:
@@ -202,10 +203,12 @@ def method_line(board: Board) -> str:
         f"Intervals: {100 * CONFIDENCE:.0f} %, estimate ± t · standard error, Satterthwaite's degrees of "
         "freedom, but never shorter than the interval of the runs alone. Test images: "
         f"{board.replicates} bootstrap draws, the same for every backbone of a column, which pairs the differences. "
-        "Runs: the spread of seeds (of pretrainings from three on) less what it shares with the images. CIDEr keeps "
-        "its document frequencies. A rank's draws: the same resampled images for all rows, and chance in "
-        "training, paired by seed as the differences are, where there are several runs; Kendall τ compares a draw's "
-        "order with the one shown. Claims are about: " + ("; ".join(levels(board)) or "nothing yet") + "."
+        "Runs: the spread of seeds (of pretrainings from three on, and what a seed gives to all of them alike) less "
+        "what it shares with the images. CIDEr keeps its document frequencies. A rank's draws: the same resampled "
+        "images for all rows, and chance in training, paired by seed as the differences are, where there are several "
+        "runs; Kendall τ compares a draw's order with the one shown. Claims are about: "
+        + ("; ".join(levels(board)) or "nothing yet")
+        + "."
     )
 
 
