@@ -81,10 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data: {line}", file=sys.stderr)
     print("\n".join(summary_lines(result)))
     if args.json:
-        try:
-            write_json(args.json.expanduser(), result)
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror})") from None
+        write_json(args.json.expanduser(), result)
     return 0
 
 
@@ -150,14 +147,19 @@ def of_set(images: DetectionSet) -> Annotations:
 
 
 def read_annotations(file: Path) -> Annotations:
-    """COCO's instance format, boxes as they stand there; crowd regions count neither way."""
+    """COCO's instance format, boxes as they stand there; crowd regions count neither way.
+
+    The images are put in the order of their ids: by it pycocotools ranks detections of equal scores.
+    """
     report = Report()
     read = read_instances(file, report)
     place = {category: c for c, category in enumerate(read.categories)}
     label = np.array([place[category] for category in read.category.tolist()], np.int64)
     box = np.hstack([read.box[:, :2], read.box[:, :2] + read.box[:, 2:]])
-    truth = Boxes(read.image, label, box, difficult=read.crowd, area=read.area)
-    return Annotations(read.ids, list(read.categories.values()), truth, list(read.categories), report.lines())
+    order = np.argsort(np.array(read.ids), kind="stable")
+    truth = Boxes(np.argsort(order)[read.image], label, box, difficult=read.crowd, area=read.area)
+    ids = [read.ids[k] for k in order.tolist()]
+    return Annotations(ids, list(read.categories.values()), truth, list(read.categories), report.lines())
 
 
 def score(

@@ -67,8 +67,9 @@ def read_results(path: Path, ids: Sequence, classes: int, categories: Sequence[i
         if bad.any():
             k = int(bad.argmax())
             raise UserError(f"{path}: detection {k + 1}: {str(entries[k])[:200]}; {rule}")
+    area = box[:, 2] * box[:, 3]  # from corners, 32 × 32 may be a little less
     box[:, 2:] += box[:, :2]
-    return Boxes(image, label, box, score)
+    return Boxes(image, label, box, score, area=area)
 
 
 def image_index(ids: Sequence) -> dict[str | int, int]:

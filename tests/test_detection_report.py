@@ -267,6 +267,35 @@ def test_a_cells_ap_is_pycocotools(tmp_path):
         np.testing.assert_allclose([-1 if v is None else v for v in ours], expected[:3], rtol=0, atol=1e-9)
 
 
+def test_evaluate_is_pycocotools_on_tied_scores_unsorted_ids_and_boxes_at_the_ends_of_sizes(tmp_path):
+    rng = np.random.default_rng(0)
+    ids, annotations, results = rng.permutation(500)[:20].tolist(), [], []
+    for image in ids:
+        for _ in range(5):
+            corner, side = rng.uniform(0, 400, 2), int(rng.choice([31, 32, 96, 97]))
+            where = {"image_id": image, "category_id": int(rng.choice(CATEGORIES))}
+            crowd = int(rng.random() < 0.1)
+            box = {"bbox": [*corner.tolist(), side, side], "area": float(side**2), "iscrowd": crowd}
+            annotations.append({"id": len(annotations) + 1, **where, **box})
+            for shift in (0, side / 3, side):
+                box = {"bbox": [*(corner + shift).tolist(), side, side], "score": round(rng.random(), 1)}
+                results.append({**where, **box})
+    content = {
+        "info": {},
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 600, "height": 600} for i in ids],
+        "categories": [{"id": c, "name": f"class{c}"} for c in CATEGORIES],
+        "annotations": annotations,
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    (tmp_path / "found.json").write_text(json.dumps(results))
+    files = ["--annotations", str(tmp_path / "truth.json"), "--detections", str(tmp_path / "found.json")]
+    assert evaluate.main([*files, "--json", str(tmp_path / "scores.json")]) == 0
+    expected, _ = pycoco(tmp_path / "truth.json", tmp_path / "found.json")
+    ours = json.loads((tmp_path / "scores.json").read_text())["COCO"]
+    found = [ours[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
 def test_statistics_without_cocos_marks_are_still_read():
     found, truth = random_case(np.random.default_rng(6))
     stats = match(found, truth, 5, 3)

@@ -170,7 +170,7 @@ class TestEvaluate:
         (tmp_path / "found.json").write_text("[]")
         base = ["--devkit", str(devkit), "--detections", str(tmp_path / "found.json"), "--json"]
         for target in (tmp_path, tmp_path / "none" / "s.json"):
-            with pytest.raises(UserError, match=r"--json .* cannot be written"):
+            with pytest.raises(UserError, match=f"{target}: cannot be written"):
                 evaluate.main([*base, str(target)])
 
     def test_text_files_of_odd_content(self, devkit, backbone, tmp_path, capsys):

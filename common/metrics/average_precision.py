@@ -52,8 +52,8 @@ class Boxes:
     """Boxes of many images as flat arrays.
 
     `image`: int (k,) index of the image. `label`: int (k,) class. `box`: float (k, 4) x0, y0, x1, y1.
-    Detections have `score`, float (k,); truth may have `difficult`, bool (k,), and `area`, float (k,), the size of
-    the object where it is not that of its box.
+    Detections have `score`, float (k,); truth may have `difficult`, bool (k,). `area`, float (k,), is the size where it
+    is not that of the box: of an object its region's, of a detection width × height as its file has them.
     """
 
     image: np.ndarray

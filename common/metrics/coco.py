@@ -31,14 +31,14 @@ def mark(
 ) -> np.ndarray:
     """RIGHT, WRONG or IGNORED for each detection, size range and IoU threshold: int8 (k, sizes, thresholds).
 
-    `truth.difficult` are the crowd regions. An object's size is `truth.area` where given, else its box's area; a
-    detection's is its box's. Both ends of a range belong to it. Detections beyond the best `most` are IGNORED.
+    `truth.difficult` are the crowd regions. An object's or a detection's size is its `area` where given, else its
+    box's area. Both ends of a range belong to it. Detections beyond the best `most` are IGNORED.
     """
     order, first = _by_group(found, classes)
     group = (found.image.astype(np.int64) * classes + found.label)[order]
     rank = np.arange(len(order)) - first
     box = np.asarray(found.box, np.float64).reshape(-1, 4)[order]
-    area = _area(box)
+    area = _area(box) if found.area is None else np.asarray(found.area, np.float64)[order]
 
     true_group = truth.image.astype(np.int64) * classes + truth.label
     by_group = np.argsort(true_group, kind="stable")
