@@ -114,7 +114,8 @@ def draws(sample: Sample, noise: Noise) -> tuple[float, np.ndarray]:
     """A row's score, and draws of it (R,) about it: its resampled images plus chance in training.
 
     The spread of a stratum's values holds what differs between runs from image to image, which the resampling holds
-    too, and that of what seeds give to all pretrainings alike holds the rest: both are taken out of the noise.
+    too, and that of what seeds give to all pretrainings alike holds the rest: both are taken out of the noise. Where
+    there are both pretrainings and such seeds, two heavy tails add up: draws are more cautious than a difference's t.
     """
     parts = strata(sample)
     value = sum(part.share * part.values.mean() for part in parts)
