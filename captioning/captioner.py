@@ -1,5 +1,6 @@
 """A trained captioner: what it says of inputs; kept in its run folder and read back from there."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def decode(
 ) -> tuple[list[str], list[float]]:
     """Captions and scores of images uint8 (n, H, W, 3), or of features (n, D) where the model has no trunk.
 
-    A score is the caption's summed log-probability over what the recipe's length penalty divides it by.
+    A score is the caption's summed log-probability over what the recipe's length penalty divides it by. Raises
+    UserError where the network's outputs are not finite.
     """
     banned = [PAD, START] if recipe.emit_unk else [PAD, START, UNK]
     with autocast(recipe, inputs.device):
@@ -44,7 +46,12 @@ def decode(
     numbers, scores = beam_search(
         model.advance, state, len(inputs), search, start=START, end=END, banned=banned
     )
-    return [vocabulary.decode(row) for row in numbers.tolist()], scores.tolist()
+    values = scores.tolist()
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            "the captions' scores are not finite: the captioner's weights are broken; train again with a lower --set lr"
+        )
+    return [vocabulary.decode(row) for row in numbers.tolist()], values
 
 
 def save_captioner(folder: Path, model: NIC, backbone: Backbone, recipe: CaptionRecipe, weights: str) -> None:

@@ -78,7 +78,10 @@ def load_detector(folder: Path) -> tuple[SSD300 | FasterRCNN, DetectionRecipe, l
         )
     facts = read_json(folder / "model.json")
     if facts.get("format") != FORMAT or facts["detector"] not in KINDS or facts["arch"] not in ARCHS:
-        raise UserError(f"{folder / 'model.json'}: not of format {FORMAT}: update backbench, or train again")
+        raise UserError(
+            f"{folder / 'model.json'}: not of format {FORMAT} but {facts.get('format')}: give a run of "
+            "detection/finetune.py, or train it again"
+        )
     recipe = _recipe(KINDS[facts["detector"]], facts["recipe"], folder / "model.json")
     trunk = Trunk(facts["arch"], facts.get("stride_in_1x1", False))
     model = make_model(trunk, recipe, len(facts["classes"]), facts["mean"], facts["std"])

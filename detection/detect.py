@@ -13,7 +13,7 @@ from common.metrics.average_precision import Boxes
 from common.progress import progress
 from detection.augment import resize, scaled_size
 from detection.data import read_ahead
-from detection.faster_rcnn import FasterRCNN
+from detection.faster_rcnn import FasterRCNN, need_finite
 from detection.recipes import FasterRCNNRecipe, SSDRecipe
 from detection.ssd import SSD300, detect
 
@@ -51,6 +51,7 @@ def _predict_ssd(model: SSD300, images: DetectionSet, recipe: SSDRecipe, device:
     for indices, pictures in read_ahead(batches, load):
         with autocast(recipe, device):
             offsets, logits = model(torch.from_numpy(np.stack(pictures)).to(device))
+        need_finite(offsets, logits)
         settings = (recipe.score, recipe.nms, recipe.top, recipe.candidates)
         found = detect(offsets, logits, model.priors, *settings)
         for i, one in zip(indices, found):

@@ -20,6 +20,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from common.errors import UserError
 from common.trunk import Trunk, normalise
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -125,6 +126,7 @@ class FasterRCNN(nn.Module):
         if self.training:
             loss_class, loss_box = fastrcnn_loss(logits, boxes, labels, deltas)
             return {"loss_class": loss_class, "loss_box": loss_box, **losses}
+        need_finite(*features.values(), logits, boxes)
         found = self.roi.postprocess_detections(logits, boxes, proposals, sizes)
         return [{"boxes": b, "scores": s, "labels": k - 1} for b, s, k in zip(*found)]
 
@@ -155,6 +157,14 @@ class FasterRCNN(nn.Module):
         if self.neck == "c4":
             return self.norm(self.trunk.run(regions, "layer4", "layer4")).mean((2, 3))
         return self.roi.box_head(regions)
+
+
+def need_finite(*outputs: Tensor) -> None:
+    """Raises UserError when a network's outputs are not finite: as detections they would vanish without a word."""
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise UserError(
+            "the detector's outputs are not finite: its weights are broken; train again with a lower --set lr"
+        )
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:

@@ -211,6 +211,20 @@ def test_a_second_phase_trains_the_encoder_too(run_here, coco, tmp_path):
     assert torch.equal(after, state["trunk.layer4.0.conv1.weight"])
 
 
+def test_captions_of_broken_weights_are_refused(run_here, coco, tmp_path):
+    from captioning.captioner import decode, load_captioner
+
+    run_here("--backbone", str(coco / "baseline.pt"))
+    captioner = load_captioner(next(tmp_path.rglob("model.json")).parent)
+    images = torch.zeros(2, captioner.crop[1], captioner.crop[1], 3, dtype=torch.uint8)
+    said = decode(captioner.model, images, captioner.recipe, captioner.vocabulary)
+    assert len(said[0]) == 2 and np.isfinite(said[1]).all()
+    for parameter in captioner.model.lstm.parameters():
+        parameter.data.mul_(float("inf"))
+    with pytest.raises(UserError, match="scores are not finite"):
+        decode(captioner.model, images, captioner.recipe, captioner.vocabulary)
+
+
 def test_one_caption_an_item_as_the_paper(run_here, coco):
     cell = run_here("--backbone", str(coco / "baseline.pt"), "--set", "group=false", "--set", "end=legacy")
     assert cell["metrics"]["BLEU-1"] >= 0

@@ -138,3 +138,16 @@ def test_predictions_do_not_depend_on_the_batch(devkit, backbone):
     )
     a, b = (predict(model, images, replace(recipe, test_batch=n), torch.device("cpu")) for n in (1, 4))
     assert np.array_equal(a.image, b.image) and np.allclose(a.score, b.score, atol=1e-5)
+
+
+@pytest.mark.parametrize("detector", ["ssd300", "faster_rcnn"])
+@pytest.mark.parametrize("stage", ["conv1", "layer3"])
+def test_broken_weights_are_refused_and_do_not_look_like_a_system_that_found_nothing(
+    devkit, backbone, detector, stage
+):
+    images = open_detection(f"voc:{devkit}")[1]
+    recipe = RECIPES[detector]["smoke"]
+    model = make_model(Trunk("resnet18_half"), recipe, 2, MEAN, STD)
+    next(getattr(model.trunk, stage).parameters()).data.mul_(float("nan"))
+    with pytest.raises(UserError, match="outputs are not finite"):
+        predict(model, images, recipe, torch.device("cpu"))

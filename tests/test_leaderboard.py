@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,9 @@ def test_a_cell_is_read_back_as_it_was_written(results, cells):
     assert cell.ids == [str(i) for i in range(N)]
     assert [line["iteration"] for line in cell.log() if "loss" in line] == list(range(1, 11))
     assert not cell.scratch and next(c for c in cells if c.identity.group == "scratch").scratch
+    assert not replace(
+        cell, backbone={**cell.backbone, "source": "scratch-100ep.pt"}
+    ).scratch  # a file's name
 
 
 @pytest.mark.parametrize(

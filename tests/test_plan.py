@@ -105,7 +105,7 @@ def test_a_field_is_set_for_every_task_a_room_a_task_or_the_pretrainings(tmp_pat
     ]
     (pretraining,), _ = plan_pretrainings(grid, facts)
     assert pretraining.command[-2:] == ("--set", "size=48")
-    with pytest.raises(UserError, match="no field 'rate'"):
+    with pytest.raises(UserError, match="cam: --set rate=1: no field 'rate'"):
         plan_tasks(
             replace(grid, set={"wsol.rate": "1"}),
             name_group("", ["scratch:resnet18_half"], facts),
@@ -145,6 +145,7 @@ def test_toml_and_options_give_the_same_grid(tmp_path, monkeypatch):
         ("seeds = 2", "no backbones"),
         ("backbones = ['a']\nexecutor = 'cloud'", "local, slurm or print"),
         ("backbones = ['a']\n[data]\nsegmentation = 'x'", "data segmentation: unknown"),
+        ("backbones = ['a']\nset = ['lr=1']", r"a table, [set] is expected"),
         ("backbones = ['a']\n[set.ssd]\nlr = 1", "ssd is neither pretrain nor one of ssd300"),
         ("pretrain = ['cutmix:seeds=x']", "METHOD:seeds=N"),
     ],

@@ -38,7 +38,10 @@ def main():
         recipes = recipes.get(model, recipes)
         if name not in recipes:
             raise UserError(f"--recipe {name}: {room} has {', '.join(recipes)}")
-        recipe = override(recipes[name], [*settings, *fixed])
+        try:
+            recipe = override(recipes[name], [*settings, *fixed])
+        except UserError as error:
+            raise UserError(f"{model or room}: {error}") from None
         found.append({
             "fields": {stage: recipe.stage_fields(stage) for stage in STAGES},
             "label": label(name, settings, recipe),

@@ -144,7 +144,8 @@ def grid_of(content: dict[str, Any]) -> Grid:
         elif key == "set" and isinstance(value, dict):
             value = _flat(value)
         if not isinstance(value, wanted) or isinstance(value, bool):
-            raise UserError(f"{key} = {value!r}: a {wanted.__name__} is expected")
+            form = f"a table, [{key}]" if wanted is dict else f"a {wanted.__name__}"
+            raise UserError(f"{key} = {value!r}: {form} is expected")
         made[key] = value
     grid = Grid(**made)
     for room in grid.data:

@@ -64,8 +64,9 @@ def _paragraphs(board: Board) -> list[str]:
     ]
     statistics = (
         f"Intervals are at {100 * CONFIDENCE:.0f} %. The variance of a score has parts for the test images (by "
-        f"{board.replicates} bootstrap draws of the images) and for the runs (by their spread; what of the images' "
-        "part differs from run to run counts once); the interval is Student's t with Satterthwaite's degrees of "
+        f"{board.replicates} bootstrap draws of the images) and for the runs (by their spread, and by what a "
+        "fine-tuning seed gives to all pretrainings alike where they took the same seeds; what of the images' part "
+        "differs from run to run counts once); the interval is Student's t with Satterthwaite's degrees of "
         "freedom, but never shorter than that of the runs alone. Average precision is resampled by re-weighting the "
         "matches, BLEU and METEOR by their counts, CIDEr as the mean of its values by image at fixed document "
         "frequencies."
