@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # a decimal-comma locale breaks METEOR
-FLAGS = ("-Duser.language=en", "-Dfile.encoding=UTF-8", "-Xmx1G", "-XX:+UseSerialGC")
+FLAGS = (
+    "-Duser.language=en",
+    "-Dfile.encoding=UTF-8",
+    "-Xmx1G",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+)
 
 
 class JavaError(Exception):

@@ -4,8 +4,6 @@ pycocoevalcap starts Java for every call and loads the whole paraphrase table ea
 """
 
 import os
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ import numpy as np
 
 from captioning import paraphrases
 from captioning.java import JavaError, JavaLines, find_jar, find_java, one_line
-from common.data.cache import cache_folder, locked
+from common.data.cache import cache_folder
 from common.errors import UserError
 from common.files import digest
 from common.metrics.captions import meteor_counts
@@ -148,34 +146,15 @@ def _plain(sentence: str) -> str:
     return one_line(sentence.replace("|||", ""))
 
 
-def paraphrase_arrays() -> Path:
-    """METEOR's paraphrase table as arrays, in the cache folder; made there the first time ever, in some 8 s.
-
-    Raises UserError, OSError or SubprocessError where they cannot be made, JavaError without the table.
-    """
-    table = find_jar("meteor", "data", "paraphrase-en.gz")
-    arrays = cache_folder("meteor") / f"{digest('arrays 2', table.stat().st_size)}.npz"
-    with locked(arrays):
-        if not arrays.exists():
-            temporary = arrays.with_name(f".{arrays.stem}.{os.getpid()}.tmp.npz")
-            command = [sys.executable, "-P", paraphrases.__file__, str(table), str(temporary)]
-            subprocess.run(command, check=True, capture_output=True, timeout=600)
-            temporary.replace(arrays)
-    return arrays
-
-
 def _paraphrase_table(captions: set[str], references: set[str]) -> Path:
-    """The table cut down to these words, from the cache folder or made there in a second."""
-    words = [sorted(references), sorted(captions)]
+    """The table cut down to these words, from the cache folder or made there in some 4 s."""
+    table, words = find_jar("meteor", "data", "paraphrase-en.gz"), [sorted(references), sorted(captions)]
     try:
-        arrays = paraphrase_arrays()
-        path = arrays.with_name(f"{digest(arrays.stem, *words)}.gz")
+        path = cache_folder("meteor") / f"{digest('cut 2', table.stat().st_size, *words)}.gz"
         if not path.exists():
-            with np.load(arrays) as file:
-                pairs = paraphrases.cut(dict(file), *words)
             temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.gz")
-            paraphrases.write_table(temporary, pairs)
+            paraphrases.write_table(temporary, paraphrases.cut(table, *words))
             temporary.replace(path)
-    except (UserError, OSError, subprocess.SubprocessError):
-        return find_jar("meteor", "data", "paraphrase-en.gz")  # no place for a cache: slower, not wrong
+    except (UserError, OSError):
+        return table  # no place for a cache: slower, not wrong
     return path

@@ -1,22 +1,26 @@
-"""METEOR's paraphrase table as arrays, and cut down to the words of some text: loads in a second, the same scores.
+"""METEOR's paraphrase table cut down to the words of some text: loads in a second, the same scores.
 
-METEOR reads 5.3 million paraphrase pairs at every start (8 s, most of its running time); a pair counts only when one
-phrase stands in a caption and the other in a reference. The arrays are made once (by this file run in a process of its
-own, for it takes most of a gigabyte); a cut is then a few vectorised look-ups.
+METEOR reads 5.3 million paraphrase pairs at every start, most of its running time; a pair counts only when one phrase
+stands in a caption and the other in a reference.
 """
 
 import gzip
 import re
-import sys
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 PIECE = re.compile(r"[^\W\d_]+|\d+")
-BLOCK = 1 << 22  # bytes of the unpacked table (270 MB) in memory at a time
+BLOCK = 1 << 19  # bytes of the unpacked table (270 MB) at a time: what a core's cache holds
+BITS = 22  # of a piece's hash
+FACTOR, MIX = 0x9E3779B1, 0x85EBCA77  # odd: they have inverses modulo 2^32
+NEWLINE = ord("\n")
+KINDS = np.array(
+    [1 if chr(b).isalpha() or b > 127 else 2 if chr(b).isdigit() else 0 for b in range(256)], np.uint8
+)
 
 
 def pieces(sentences: Iterable[str]) -> set[str]:
@@ -27,51 +31,38 @@ def pieces(sentences: Iterable[str]) -> set[str]:
     return set(PIECE.findall(" ".join(sentences).lower()))
 
 
-def index(table: Path) -> dict[str, np.ndarray]:
-    """A table (gzip: probability, phrase, phrase, a line each) as arrays, its order kept.
+def cut(table: Path, references: Iterable[str], captions: Iterable[str]) -> list[tuple[bytes, bytes]]:
+    """The pairs that can count, in the table's order: one phrase made of pieces of `references`, one of `captions`.
 
-    "pairs" int32 (n, 2): phrases by number; "starts" int32 (phrases + 1,) into "words" int32: a phrase's words by
-    number; "vocabulary" uint8: the words, a line each.
+    `table` is METEOR's (gzip: probability, phrase, phrase, a line each). A piece is looked up by a hash, and one with
+    letters beyond ASCII passes: a few pairs too many are kept, which count for nothing.
     """
-    numbers, vocabulary = _numbering(), _numbering()
-    pairs = []
-    for lines in _read(table):
-        columns = [np.fromiter(map(numbers.__getitem__, lines[k::3]), np.int32) for k in (1, 2)]
-        pairs.append(np.stack(columns, 1))
-    text = b"\n".join(numbers)
-    gaps = np.frombuffer(text, np.uint8)
-    gaps = gaps[(gaps == ord("\n")) | (gaps == ord(" "))]
-    ends = [*(np.flatnonzero(gaps == ord("\n")) + 1), len(gaps) + 1]
-    words = text.replace(b"\n", b" ").split(b" ")
-    return {
-        "pairs": np.concatenate(pairs),
-        "starts": np.array([0, *ends], np.int32),
-        "words": np.fromiter(map(vocabulary.__getitem__, words), np.int32),
-        "vocabulary": np.frombuffer(b"\n".join(vocabulary), np.uint8),
-    }
+    known = np.zeros(1 << BITS, np.uint8)  # 1: of the references, 2: of the captions
+    for bit, words in ((1, references), (2, captions)):
+        if words := sorted(words):
+            known[_hashes(np.frombuffer(" ".join(words).encode(), np.uint8))[0]] |= bit
 
+    def keep(text: bytes) -> list[tuple[bytes, bytes]]:
+        kept = []
+        block = np.frombuffer(text, np.uint8)
+        hashes, starts, foreign = _hashes(block)
+        bits = known[hashes]
+        bits[foreign] = 3
+        ends = np.flatnonzero(block == NEWLINE)
+        line = np.cumsum(block == NEWLINE, dtype=np.int32)[starts]
+        made = np.ones(
+            (2, len(ends)), bool
+        )  # whether a line is made of pieces of the references, of the captions
+        made[0, line[bits & 1 == 0]] = False
+        made[1, line[bits & 2 == 0]] = False
+        first, second = made[:, 1::3], made[:, 2::3]
+        for k in np.flatnonzero((first[0] & second[1]) | (first[1] & second[0])).tolist():
+            one, two, three = ends[3 * k : 3 * k + 3]
+            kept.append((text[one + 1 : two], text[two + 1 : three]))
+        return kept
 
-def cut(
-    arrays: dict[str, np.ndarray], references: Iterable[str], captions: Iterable[str]
-) -> list[tuple[bytes, bytes]]:
-    """The pairs that can count, in the table's order: one phrase made of pieces of `references`, one of `captions`."""
-    vocabulary = arrays["vocabulary"].tobytes().split(b"\n")
-    made = [PIECE.findall(word.decode()) for word in vocabulary]
-    starts, words, (first, second) = arrays["starts"], arrays["words"], arrays["pairs"].T
-
-    def possible(wanted: Iterable[str]) -> np.ndarray:
-        """bool (phrases,): whether all words of a phrase are made of the wanted pieces."""
-        whole = set(wanted).issuperset
-        known = np.fromiter(map(whole, made), bool, len(made))
-        return np.logical_and.reduceat(known[words], starts[:-1])
-
-    ours, theirs = possible(references), possible(captions)
-    kept = np.flatnonzero((ours[first] & theirs[second]) | (theirs[first] & ours[second]))
-    phrases = {
-        p: b" ".join([vocabulary[w] for w in words[starts[p] : starts[p + 1]].tolist()])
-        for p in np.unique(arrays["pairs"][kept]).tolist()
-    }
-    return [(phrases[a], phrases[b]) for a, b in arrays["pairs"][kept].tolist()]
+    with ThreadPoolExecutor(2) as pool:
+        return list(chain.from_iterable(pool.map(keep, _blocks(table))))
 
 
 def write_table(path: Path, pairs: Iterable[tuple[bytes, bytes]]) -> None:
@@ -79,24 +70,44 @@ def write_table(path: Path, pairs: Iterable[tuple[bytes, bytes]]) -> None:
     path.write_bytes(gzip.compress(b"".join([b"1\n%b\n%b\n" % pair for pair in pairs]), 1))
 
 
-def _numbering() -> defaultdict[bytes, int]:
-    """Numbers what it is asked for from 0 on."""
-    made: defaultdict[bytes, int] = defaultdict()
-    made.default_factory = made.__len__
-    return made
+def _hashes(text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of UTF-8 bytes: its pieces' hashes, where they start, and which hold bytes beyond ASCII.
+
+    A hash is the polynomial of a piece's bytes, got from running sums over the whole text.
+    """
+    kind = np.pad(KINDS[text], 1)
+    change = kind[1:] != kind[:-1]
+    starts = np.flatnonzero(change[:-1] & (kind[1:-1] > 0))
+    lasts = np.flatnonzero(change[1:] & (kind[1:-1] > 0))
+    powers, inverses = _powers(FACTOR, len(text)), _powers(pow(FACTOR, -1, 1 << 32), len(text))
+    terms = text * powers
+    sums = np.cumsum(terms, dtype=np.uint32)
+    values = (sums[lasts] - sums[starts] + terms[starts]) * inverses[starts] * np.uint32(MIX)
+    foreign = np.searchsorted(starts, np.flatnonzero(text > 127), side="right") - 1
+    return values >> np.uint32(32 - BITS), starts, foreign
 
 
-def _read(table: Path) -> Iterable[list[bytes]]:
-    """The lines of a table, some whole groups of three at a time, unpacked in a thread ahead of their use."""
+_cache: dict[int, np.ndarray] = {}
+
+
+def _powers(factor: int, count: int) -> np.ndarray:
+    """uint32 (count,): 1, factor, factor² … modulo 2^32."""
+    if len(_cache.get(factor, ())) < count:
+        steps = np.full(count, factor, np.uint32)
+        steps[0] = 1
+        _cache[factor] = np.multiply.accumulate(steps, dtype=np.uint32)
+    return _cache[factor][:count]
+
+
+def _blocks(table: Path) -> Iterator[bytes]:
+    """The table's text in parts of whole groups of three lines, unpacked in a thread ahead of their use."""
     with gzip.open(table) as source, ThreadPoolExecutor(1) as ahead:
         tail, coming = b"", ahead.submit(source.read, BLOCK)
         while block := coming.result():
             coming = ahead.submit(source.read, BLOCK)
-            lines = (tail + block).split(b"\n")
-            end = (len(lines) - 1) // 3 * 3
-            tail = b"\n".join(lines[end:])
-            yield lines[:end]
-
-
-if __name__ == "__main__":
-    np.savez(sys.argv[2], **index(Path(sys.argv[1])))
+            text = tail + block
+            lines = np.flatnonzero(np.frombuffer(text, np.uint8) == NEWLINE)
+            end = int(lines[len(lines) // 3 * 3 - 1]) + 1 if len(lines) > 2 else 0
+            tail = text[end:]
+            if end:
+                yield text[:end]

@@ -3,15 +3,13 @@
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from subprocess import SubprocessError
 from typing import Self
 
 import numpy as np
 
 from captioning.java import JavaError, find_java
-from captioning.meteor import Meteor, paraphrase_arrays
+from captioning.meteor import Meteor
 from captioning.spice import Spice
 from captioning.tokenizer import Tokenizer, tokenize_plain, tokenize_references
 from common.errors import UserError
@@ -45,7 +43,6 @@ class Scorer:
     def start(self, words: Iterable[str] = ()) -> None:
         """Tokenise the references in the background; start METEOR too where `words`, those of captions, are known."""
         if self._thread is None:
-            threading.Thread(target=_make_ready, daemon=True).start()
             self._thread = threading.Thread(target=self._prepare, args=(list(words),), daemon=True)
             self._thread.start()
 
@@ -130,10 +127,3 @@ class Scorer:
     def _note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
-
-
-def _make_ready() -> None:
-    """Make what METEOR needs once an installation; where it fails, METEOR says so when it is asked."""
-    with suppress(JavaError, UserError, OSError, SubprocessError):
-        find_java()
-        paraphrase_arrays()
