@@ -5,11 +5,12 @@ stands in a caption and the other in a reference.
 """
 
 import gzip
+import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -31,43 +32,55 @@ def pieces(sentences: Iterable[str]) -> set[str]:
     return set(PIECE.findall(" ".join(sentences).lower()))
 
 
-def cut(table: Path, references: Iterable[str], captions: Iterable[str]) -> list[tuple[bytes, bytes]]:
-    """The pairs that can count, in the table's order: one phrase made of pieces of `references`, one of `captions`.
+def near(table: Path, references: Iterable[str]) -> bytes:
+    """The lines of METEOR's table (gzip: probability, phrase, phrase) with a phrase made of pieces of `references`.
 
-    `table` is METEOR's (gzip: probability, phrase, phrase, a line each). A piece is looked up by a hash, and one with
-    letters beyond ASCII passes: a few pairs too many are kept, which count for nothing.
+    A piece is looked up by a hash, and one with letters beyond ASCII passes: a few pairs too many are kept, here and in
+    `cut`, which count for nothing.
     """
-    known = np.zeros(1 << BITS, np.uint8)  # 1: of the references, 2: of the captions
-    for bit, words in ((1, references), (2, captions)):
-        if words := sorted(words):
-            known[_hashes(np.frombuffer(" ".join(words).encode(), np.uint8))[0]] |= bit
+    known = _known(references)
+    with gzip.open(table) as source:
+        return _filtered(source, known, lambda first, second: first[0] | second[0])
 
-    def keep(text: bytes) -> list[tuple[bytes, bytes]]:
-        kept = []
+
+def cut(lines: bytes, references: Iterable[str], captions: Iterable[str]) -> bytes:
+    """Those of `near`'s lines that can count: one phrase made of pieces of `references`, the other of `captions`."""
+    known = _known(references, captions)
+    return _filtered(
+        io.BytesIO(lines), known, lambda first, second: (first[0] & second[1]) | (first[1] & second[0])
+    )
+
+
+def _known(*texts: Iterable[str]) -> np.ndarray:
+    """uint8 by hash: bit k set for the pieces of the k-th text."""
+    known = np.zeros(1 << BITS, np.uint8)
+    for k, words in enumerate(texts):
+        known[_hashes(np.frombuffer(" ".join(words).encode(), np.uint8))[0]] |= 1 << k
+    return known
+
+
+def _filtered(
+    source: BinaryIO, known: np.ndarray, rule: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> bytes:
+    """The groups of three lines that `rule` keeps, in order; it is given bool (2, n) of their phrases, by bit."""
+
+    def keep(text: bytes) -> bytes:
         block = np.frombuffer(text, np.uint8)
         hashes, starts, foreign = _hashes(block)
         bits = known[hashes]
         bits[foreign] = 3
-        ends = np.flatnonzero(block == NEWLINE)
-        line = np.cumsum(block == NEWLINE, dtype=np.int32)[starts]
-        made = np.ones(
-            (2, len(ends)), bool
-        )  # whether a line is made of pieces of the references, of the captions
+        breaks = block == NEWLINE
+        line = np.cumsum(breaks, dtype=np.int32)[starts]
+        ends = np.flatnonzero(breaks) + 1
+        made = np.ones((2, len(ends)), bool)  # whether all pieces of a line are known, by bit
         made[0, line[bits & 1 == 0]] = False
         made[1, line[bits & 2 == 0]] = False
-        first, second = made[:, 1::3], made[:, 2::3]
-        for k in np.flatnonzero((first[0] & second[1]) | (first[1] & second[0])).tolist():
-            one, two, three = ends[3 * k : 3 * k + 3]
-            kept.append((text[one + 1 : two], text[two + 1 : three]))
-        return kept
+        groups = np.append(0, ends[2::3])
+        kept = np.flatnonzero(rule(made[:, 1::3], made[:, 2::3]))
+        return b"".join([text[a:z] for a, z in zip(groups[kept].tolist(), groups[kept + 1].tolist())])
 
     with ThreadPoolExecutor(2) as pool:
-        return list(chain.from_iterable(pool.map(keep, _blocks(table))))
-
-
-def write_table(path: Path, pairs: Iterable[tuple[bytes, bytes]]) -> None:
-    """Write pairs as METEOR reads them; it reads the probability and does not use it."""
-    path.write_bytes(gzip.compress(b"".join([b"1\n%b\n%b\n" % pair for pair in pairs]), 1))
+        return b"".join(pool.map(keep, _blocks(source)))
 
 
 def _hashes(text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,9 +112,9 @@ def _powers(factor: int, count: int) -> np.ndarray:
     return _cache[factor][:count]
 
 
-def _blocks(table: Path) -> Iterator[bytes]:
-    """The table's text in parts of whole groups of three lines, unpacked in a thread ahead of their use."""
-    with gzip.open(table) as source, ThreadPoolExecutor(1) as ahead:
+def _blocks(source: BinaryIO) -> Iterator[bytes]:
+    """A text in parts of whole groups of three lines, read (and unpacked) in a thread ahead of their use."""
+    with ThreadPoolExecutor(1) as ahead:
         tail, coming = b"", ahead.submit(source.read, BLOCK)
         while block := coming.result():
             coming = ahead.submit(source.read, BLOCK)
