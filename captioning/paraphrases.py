@@ -105,8 +105,8 @@ _cache: dict[int, np.ndarray] = {}
 
 def _powers(factor: int, count: int) -> np.ndarray:
     """uint32 (count,): 1, factor, factor² … modulo 2^32."""
-    if len(_cache.get(factor, ())) < count:
-        steps = np.full(count, factor, np.uint32)
+    if factor not in _cache or len(_cache[factor]) < count:
+        steps = np.full(max(count, 1), factor, np.uint32)
         steps[0] = 1
         _cache[factor] = np.multiply.accumulate(steps, dtype=np.uint32)
     return _cache[factor][:count]

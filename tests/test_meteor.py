@@ -168,6 +168,16 @@ def test_the_cut_table_holds_what_a_plain_loop_keeps_and_few_more(tmp_path, monk
     assert ascii_only[0] == ascii_only[1] and 10 < len(ascii_only[0]) < len(kept) < 200
 
 
+def test_a_system_without_words_has_no_paraphrases(small_table, monkeypatch):
+    monkeypatch.setattr(paraphrases, "_cache", {})  # as the first call of a process
+    lines = paraphrases.near(small_table, {"doctor"})
+    assert lines.count(b"\n") == 6 and paraphrases.cut(lines, {"doctor"}, set()) == b""
+    assert paraphrases.near(small_table, set()) == b""
+    captions = Meteor()
+    assert metrics.meteor_score(captions(["", "..."], [["the doctor"], ["a bike"]])).tolist() == [0, 0]
+    captions.close()
+
+
 def test_two_processes_share_and_a_second_system_keeps_the_first(small_table, monkeypatch):
     references = [["the doctor bought a bike"], ["a red car"], ["two dogs run"]] * 5
     first = ["the doctor has a bike", "a red house", "dogs"] * 5
