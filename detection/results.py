@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.layout import found, read_lines
+from common.data.layout import found, is_data, read_lines
 from common.errors import UserError
 from common.files import read_json, write_text
 from common.metrics.average_precision import Boxes
@@ -75,7 +75,7 @@ def read_results(path: Path, ids: Sequence, classes: int, categories: Sequence[i
 def image_index(ids: Sequence) -> dict[str | int, int]:
     """Where an image is, by its id and, where no two ids share it, by the number its digits spell."""
     index: dict[str | int, int] = {}
-    numbers = ["".join(c for c in str(i) if c.isdigit()) for i in ids]
+    numbers = ["".join(c for c in str(i) if c.isdecimal()) for i in ids]
     if all(numbers) and len({int(n) for n in numbers}) == len(ids):
         index |= {int(n): k for k, n in enumerate(numbers)}
     return index | {str(i): k for k, i in enumerate(ids)}
@@ -90,7 +90,11 @@ def read_voc_results(folder: Path, split: str, ids: Sequence, classes: Sequence[
     """
     index, rows, labels, missing = image_index(ids), [], [], []
     for c, name in enumerate(classes):
-        files = sorted(path for path in folder.iterdir() if path.name.endswith(f"_det_{split}_{name}.txt"))
+        files = sorted(
+            path
+            for path in folder.iterdir()
+            if path.name.endswith(f"_det_{split}_{name}.txt") and is_data(path.name)
+        )
         if len(files) > 1:
             raise UserError(
                 f"{folder}: {files[0].name} and {files[1].name} are both of class {name}; leave one"

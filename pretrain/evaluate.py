@@ -218,7 +218,7 @@ def described(spec: str, facts: dict[str, Any], recipe) -> list[str]:
 
 
 def _wordnet(name: str) -> bool:
-    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
+    return len(name) == 9 and name[0] == "n" and name[1:].isdecimal()
 
 
 def _imagenet_classes() -> list[str]:

@@ -10,7 +10,7 @@ from common.data import open_classification, parse_data
 from common.data.check import check_images
 from common.data.decode import Fit, centre_crop, decode_all, resize_short
 from common.data.fingerprint import fingerprint
-from common.data.layout import EXTENSIONS, found, need_folder, short_name
+from common.data.layout import EXTENSIONS, Report, files_below, found, need_folder, short_name
 from common.data.spec import OPTIONS
 from common.data.types import ImageSet
 from common.errors import UserError
@@ -110,7 +110,8 @@ def _open(spec: str, most: int, skip_bad: bool) -> Outliers:
 
 def _folder(root: Path, spec: str, skip_bad: bool) -> ImageSet:
     need_folder(root, "images, at any depth")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    report = Report()
+    paths = sorted(files_below(root, root, report))
     if not paths:
         raise UserError(
             f"--ood {spec}: no image below {root} ({found(root)}); images are {', '.join(EXTENSIONS)}"
@@ -118,7 +119,9 @@ def _folder(root: Path, spec: str, skip_bad: bool) -> ImageSet:
     ids = [str(path.relative_to(root)) for path in paths]
     key = fingerprint("images of a folder", ids, paths, [])
     labels = np.zeros(len(ids), np.int64)
-    made = ImageSet(short_name(root.resolve().name), [], ids, paths, labels, fingerprint=key)
+    made = ImageSet(
+        short_name(root.resolve().name), [], ids, paths, labels, fingerprint=key, report=report.lines()
+    )
     bad = check_images(paths, skip_bad)
     if len(bad) == len(paths):
         raise UserError(f"--ood {spec}: none of the {len(paths)} images below {root} can be read")

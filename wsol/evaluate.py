@@ -29,7 +29,7 @@ import numpy as np
 
 from common.data.boxes import read_box_csv
 from common.data.decode import threaded
-from common.data.layout import Report, need_folder
+from common.data.layout import Report, files_below, need_folder
 from common.errors import UserError, run_main
 from common.files import make_folder, write_json
 from common.metrics import rescore
@@ -153,7 +153,7 @@ def mask_files(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
     need_folder(folder, "one .png mask an image, named as in the box list")
     if ids:
         return dict(zip(ids, files_of(folder, ids, ".png", "masks")))
-    found = sorted(folder.rglob("*.png"))
+    found = sorted(files_below(folder, folder, Report(), (".png",)))
     if not found:
         raise UserError(f"{folder}: holds no .png mask")
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}

@@ -272,7 +272,7 @@ def pairs(option: str, texts: list[str] | None) -> dict | None:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{option} {text}: write it as NAME=VALUE")
-        made[key] = int(value) if option == "--slurm" and value.isdigit() else value
+        made[key] = int(value) if option == "--slurm" and value.isdecimal() else value
     return made
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from common.board.tasks import READERS
 from common.data.cache import cache_folder
+from common.data.layout import EXTENSIONS
 from common.data.spec import parse_data
 from common.errors import UserError
 from common.files import digest, read_json, write_json
 from common.keys import ROOT, code_files, code_hash
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LIBRARIES = ("torchvision", "timm", "scratch")
 
 READ_RECIPES = """
@@ -216,19 +216,23 @@ def _tree(path: Path) -> tuple[str, tuple[float, str]]:
     """
     if path.is_file():
         return _state([path.absolute()]), (0.0, "")
-    lines, folders, newest = [], [str(path.absolute())], (0.0, "")
+    lines, folders, newest, seen = [], [str(path.absolute())], (0.0, ""), set()
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir():
-                    folders.append(entry.path)
-                    continue
                 try:
                     stat = entry.stat()
                 except OSError:  # a link to nothing: its reader will say so
                     lines.append(entry.path)
                     continue
-                if entry.name.lower().endswith(IMAGES):
+                if entry.is_dir():
+                    if (
+                        not entry.is_symlink() or (stat.st_dev, stat.st_ino) not in seen
+                    ):  # links may go in circles
+                        folders.append(entry.path)
+                    seen.add((stat.st_dev, stat.st_ino))
+                    continue
+                if entry.name.lower().endswith(EXTENSIONS):
                     lines.append(f"{entry.path} {stat.st_size}")
                     newest = max(newest, (stat.st_mtime, entry.path))
                 else:

@@ -209,7 +209,7 @@ def parse_pretrain(text: str) -> Pretraining:
 
 def _pretraining(method: str, options: dict[str, Any]) -> Pretraining:
     seeds = str(options.get("seeds", 1))
-    if set(options) - {"seeds"} or not seeds.isdigit() or int(seeds) < 1:
+    if set(options) - {"seeds"} or not seeds.isdecimal() or int(seeds) < 1:
         raise UserError(f"pretrain {method}: write METHOD:seeds=N, N at least 1")
     return Pretraining(method, int(seeds))
 

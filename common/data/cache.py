@@ -28,11 +28,22 @@ def cache_folder(*parts: str) -> Path:
 
 
 def file_stat(path: Path) -> os.stat_result:
-    """The size and times of a file. Raises UserError naming it when it is absent or hidden."""
+    """The size and times of a file. UserError naming it when it is absent or hidden, or its name is not UTF-8."""
+    need_text(path)
     try:
         return os.stat(path)  # noqa: PTH116 - Path.stat costs twice as much on a million files
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def need_text(path: Path | str) -> None:
+    """UserError for a path that UTF-8 cannot hold: no result could name it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        wrong = error.object[error.start].encode("utf-8", "backslashreplace").decode()
+        raise UserError(f"{shown}: the name is not UTF-8 (at {wrong}); rename it") from None
 
 
 def files_state(paths: Sequence[Path]) -> str:

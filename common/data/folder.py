@@ -1,16 +1,13 @@
 """Image folders: DIR/train/<class>/image and DIR/val/<class>/image, boxes in a list."""
 
-import os
-from collections.abc import Iterable
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from common.data.boxes import read_box_csv
 from common.data.fingerprint import fingerprint
-from common.data.layout import EXTENSIONS, Report, found, need_folder, short_name
+from common.data.layout import Report, class_names, files_below, found, need_folder, short_name
 from common.data.spec import DataSpec
 from common.data.types import ImageSet
 from common.errors import UserError
@@ -41,9 +38,9 @@ def read_folder(spec: DataSpec, localise: bool = False) -> tuple[ImageSet, Image
                 f"{root}: has no {folder}/ folder ({found(root)}); expected {LAYOUT}, or name it with {part}="
             )
     reports = {"train": Report(), "val": Report()}
-    classes = _class_names(root / parts["train"], reports["train"])
+    classes = class_names(root / parts["train"], LAYOUT, reports["train"])
     train = _read_part(root, parts["train"], classes, spec, reports["train"])
-    unknown = set(_class_names(root / parts["val"], reports["val"])) - set(classes)
+    unknown = set(class_names(root / parts["val"], LAYOUT, reports["val"])) - set(classes)
     if unknown:
         first = sorted(unknown)[0]
         raise UserError(
@@ -65,24 +62,13 @@ def read_folder(spec: DataSpec, localise: bool = False) -> tuple[ImageSet, Image
     )
 
 
-def _class_names(folder: Path, report: Report) -> list[str]:
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        if not entry.is_dir():
-            report.note("file beside the class folders: ignored", f"{folder.name}/{entry.name}")
-    names = sorted(entry.name for entry in entries if entry.is_dir())
-    if not names:
-        raise UserError(f"{folder}: has no class folder ({found(folder)}); expected {LAYOUT}")
-    return names
-
-
 def _read_part(root: Path, part: str, classes: list[str], spec: DataSpec, report: Report) -> ImageSet:
     paths, labels = [], []
     for label, name in enumerate(classes):
         if not (root / part / name).is_dir():
             report.note("class of the training folder without test images", f"{part}/{name}")
             continue
-        images = list(_images(root / part / name, root, report))
+        images = list(files_below(root / part / name, root, report))
         if not images:
             folder = root / part / name
             raise UserError(f"{folder}: class folder with no image ({found(folder)}); fill it or remove it")
@@ -94,24 +80,6 @@ def _read_part(root: Path, part: str, classes: list[str], spec: DataSpec, report
     key = fingerprint(["folder", classes], ids, paths, [])
     name = short_name(spec.options.get("name", root.resolve().name))
     return ImageSet(name, classes, ids, paths, np.array(labels, np.int64), None, key)
-
-
-def _images(folder: Path, root: Path, report: Report) -> Iterable[Path]:
-    with os.scandir(folder) as entries:
-        folders = {entry.name for entry in entries if entry.is_dir()}
-    # iterdir, because Path(folder, name) takes five times as long on a million files
-    entries = sorted(folder.iterdir(), key=attrgetter("name"))
-    for path in entries:
-        name = path.name
-        if name in folders:
-            continue
-        if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-            yield path
-        else:
-            report.note("file that is no image: ignored", path.relative_to(root).as_posix())
-    for path in entries:
-        if path.name in folders:
-            yield from _images(path, root, report)
 
 
 def _with_boxes(

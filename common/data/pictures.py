@@ -10,10 +10,9 @@ from PIL import Image
 
 from common.data.check import check_images
 from common.data.decode import resize
+from common.data.layout import Report, found, list_folder
 from common.errors import UserError
 from common.files import write_atomic
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def find_pictures(given: Sequence[Path]) -> list[Path]:
@@ -34,9 +33,9 @@ def find_pictures(given: Sequence[Path]) -> list[Path]:
 
 def _expand(path: Path) -> list[Path]:
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        inside = list_folder(path, path, Report())[0]
         if not inside:
-            raise UserError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
+            raise UserError(f"{path}: no picture right in this folder ({found(path)})")
         return inside
     if not path.is_file():
         raise UserError(f"{path}: no such file")

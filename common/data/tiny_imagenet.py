@@ -8,7 +8,7 @@ import numpy as np
 from common.data.boxes import pixel_shares
 from common.data.fingerprint import fingerprint
 from common.data.ilsvrc import class_images
-from common.data.layout import Report, found, need_folder, read_lines, short_name
+from common.data.layout import Report, class_names, found, need_folder, read_lines, short_name
 from common.data.spec import DataSpec
 from common.data.types import ImageSet
 from common.errors import UserError
@@ -28,10 +28,8 @@ def read_tiny_imagenet(spec: DataSpec) -> tuple[ImageSet, ImageSet]:
     annotations = root / "val" / "val_annotations.txt"
     if not (root / "train").is_dir() or not annotations.is_file():
         raise UserError(f"{root}: is not Tiny-ImageNet ({found(root)}); expected {LAYOUT}")
-    classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
-    if not classes:
-        raise UserError(f"{root / 'train'}: has no class folder; expected {LAYOUT}")
     name, reports = short_name(spec.options.get("name", root.resolve().name)), (Report(), Report())
+    classes = class_names(root / "train", LAYOUT, reports[0])
     folders = [(root / "train" / wnid / "images", label) for label, wnid in enumerate(classes)]
     train = class_images(name, classes, root, folders, reports[0])
     lists = [root / "train" / wnid / f"{wnid}_boxes.txt" for wnid in classes]
