@@ -3,6 +3,9 @@
 import hashlib
 import io
 import os
+import struct
+import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -151,3 +154,112 @@ def test_thumbnails(tmp_path):
     write_thumbnails(tmp_path / "a", ids[:2], paths[:2])
     assert target.read_bytes() == content and target.stat().st_mtime == 1
     assert len(read_thumbnails(write_thumbnails(tmp_path / "c", ids, paths))) == 6
+
+
+# optional parts of files: none of them may cost an image
+
+
+def png_chunk(name: bytes, body: bytes, wrong: bool = False) -> bytes:
+    sum_ = zlib.crc32(name + body) ^ wrong
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", sum_)
+
+
+def with_chunk(path: Path, chunk: bytes, last: bool = False) -> None:
+    """Put a chunk of a PNG after its header, or before its end."""
+    data = path.read_bytes()
+    place = len(data) - 12 if last else 33
+    path.write_bytes(data[:place] + chunk + data[place:])
+
+
+def with_segment(path: Path, marker: int, body: bytes) -> None:
+    """Put an application's segment first into a JPEG."""
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + data[2:])
+
+
+TIFF = b"II*\0\10\0\0\0"  # a header, its directory missing
+TURN_6 = TIFF + struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, 6, 0, 0)
+CHUNKS = {
+    "EXIF cut short": png_chunk(b"eXIf", TIFF[:6]),
+    "EXIF without its directory": png_chunk(b"eXIf", TIFF),
+    "EXIF that is something else": png_chunk(b"eXIf", b"hello"),
+    "EXIF with a wrong sum": png_chunk(b"eXIf", TURN_6, wrong=True),
+    "a text with a wrong sum": png_chunk(b"tEXt", b"key\0value", wrong=True),
+    "a text too large": png_chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2 << 20))),
+    "gamma": png_chunk(b"gAMA", b"\0"),
+    "chromaticities": png_chunk(b"cHRM", b"\0" * 7),
+    "a colour profile": png_chunk(b"iCCP", b"name\0\7rubbish"),
+    "resolution": png_chunk(b"pHYs", b"\0"),
+    "animation": png_chunk(b"acTL", b"\0"),
+}
+SEGMENTS = {
+    "JFIF": (0xE0, b"JFIF\0"),
+    "EXIF": (0xE1, b"Exif\0\0" + TIFF[:6]),
+    "XMP": (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff\xfe<"),
+    "a colour profile": (0xE2, b"ICC_PROFILE\0"),
+    "several pictures": (0xE2, b"MPF\0" + TIFF),
+    "Photoshop": (0xED, b"Photoshop 3.0\0008BIM"),
+    "Adobe": (0xEE, b"Adobe"),
+    "a comment": (0xFE, b""),
+}
+
+
+def still_read(path: Path, orientation: int = 1) -> np.ndarray:
+    """The pixels of an image that header, check and decoder agree on."""
+    assert check_images([path]) == [] and read_headers([path]).tolist() == [[20, 10, orientation]]
+    return read_rgb(path)
+
+
+@pytest.mark.parametrize("what", CHUNKS)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_metadata_of_a_png(tmp_path, what, last):
+    path = picture(tmp_path / "a.png")
+    pixels = read_rgb(path)
+    with_chunk(path, CHUNKS[what], last)
+    np.testing.assert_array_equal(still_read(path), pixels)
+    if not last and "EXIF" not in what:  # the rest of the metadata holds
+        with_chunk(path, png_chunk(b"eXIf", TURN_6))
+        np.testing.assert_array_equal(still_read(path, 6), np.rot90(pixels, -1))
+    path.write_bytes(path.read_bytes()[:400])
+    assert check_images([path], skip_bad=True) == [0]
+    fails(lambda: read_rgb(path), "not a readable image")
+
+
+@pytest.mark.parametrize("what", SEGMENTS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_metadata_of_a_jpeg(tmp_path, what):
+    path = picture(tmp_path / "a.jpg")
+    pixels = read_rgb(path)
+    with_segment(path, *SEGMENTS[what])
+    np.testing.assert_array_equal(still_read(path), pixels)
+    path.write_bytes(path.read_bytes()[:-200])
+    assert check_images([path], skip_bad=True) == [0]
+
+
+@pytest.mark.parametrize("exif", [TIFF[:6], TIFF, b"hello", b"Exif\0\0", b"\0"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_metadata_of_a_webp(tmp_path, exif):
+    path = picture(tmp_path / "a.webp", lossless=True, exif=exif, xmp=b"\xff<", icc_profile=b"rubbish")
+    np.testing.assert_array_equal(still_read(path), read_rgb(picture(tmp_path / "b.webp", lossless=True)))
+
+
+def test_transparency_survives_a_damaged_text(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (20, 10), (200, 0, 0)).save(path, transparency=(200, 0, 0))
+    with_chunk(path, CHUNKS["a text with a wrong sum"])
+    assert not still_read(path).any()
+
+
+def test_a_file_that_the_system_does_not_give_is_no_bad_image(tmp_path, monkeypatch):
+    """Nothing of it is remembered: once the disk answers, the image is fine."""
+    path = picture(tmp_path / "a.png")
+    with monkeypatch.context() as patch:
+
+        def refused(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        patch.setattr("pathlib.Path.open", refused)
+        for look in (lambda: check_images([path], skip_bad=True), lambda: read_headers([path])):
+            fails(look, "a.png: cannot be read (Permission denied)")
+    still_read(path)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from common.data.cache import remember
-from common.data.decode import IMAGE_ERRORS, threaded
+from common.data.decode import threaded
+from common.data.image_file import DamagedImage, with_image
 from common.errors import UserError
 
 # a JPEG ends with EOI, a PNG with IEND; a few cameras and editors append bytes, so the tail is searched
@@ -19,6 +21,7 @@ def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
 
     Without `skip_bad` the first of them raises UserError, with their count. Only an image whose tail lacks
     its format's end mark (and formats without one) is decoded. Memoised by path, size and modification time.
+    A file that the system does not give (no permission, a failing disk) raises UserError either way.
     """
     absent = [i for i, path in enumerate(paths) if not path.is_file()]
     present = sorted(set(range(len(paths))) - set(absent))
@@ -30,7 +33,7 @@ def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
         return [[k, fault] for k, fault in enumerate(found) if fault]
 
     if files:
-        faults += [(present[k], fault) for k, fault in remember("check 1", files, compute)]
+        faults += [(present[k], fault) for k, fault in remember("check 2", files, compute)]
     faults.sort()
     if faults and not skip_bad:
         i, fault = faults[0]
@@ -42,22 +45,20 @@ def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
 
 
 def _fault(path: Path) -> str | None:
+    def look(image: Image.Image, file: BinaryIO) -> str | None:
+        if 0 in image.size:
+            return "has no pixels"
+        end, place = ENDS.get(image.format), file.tell()
+        file.seek(max(0, file.seek(0, 2) - TAIL))
+        tail = file.read()
+        file.seek(place)
+        if end is None or end not in tail:
+            image.load()
+        return None
+
+    if not path.stat().st_size:
+        return "is empty (0 bytes)"
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size == 0:
-                return "is empty (0 bytes)"
-            file.seek(max(0, size - TAIL))
-            tail = file.read()
-            file.seek(0)
-            with Image.open(file) as image:
-                if 0 in image.size:
-                    return "has no pixels"
-                end = ENDS.get(image.format)
-                if end is None or end not in tail:
-                    image.load()
-    except Image.UnidentifiedImageError:
-        return "is not an image"
-    except IMAGE_ERRORS as error:
-        return f"is cut short or damaged ({error})"
-    return None
+        return with_image(path, look)
+    except DamagedImage as error:
+        return "is not an image" if str(error) == "no image" else f"is cut short or damaged ({error})"

@@ -9,17 +9,25 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common.data.cache import cached_array, files_state, need_space, remember
+from common.data.image_file import DamagedImage, exif_orientation, with_image
 from common.errors import UserError
 from common.files import digest
 from common.progress import progress
 
-# what Pillow raises for files that are no image, cut short, or absurd
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
 ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 JPEG_END, TAIL = b"\xff\xd9", 64  # a few cameras and editors append bytes, so the tail is searched
+UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 BACKENDS = ("pil", "cv2_area", "cv2_linear", "torch")
 
 
@@ -31,25 +39,28 @@ def read_rgb(path: Path | str, frame: Sequence[int] | np.ndarray | None = None) 
     height) in which boxes were drawn, is the stored size: then the boxes belong to the stored pixels.
     Raises UserError naming the file when it cannot be decoded or fits neither way into `frame`.
     """
+
+    def decode(image: Image.Image, file: BinaryIO) -> np.ndarray:
+        stored, orientation = image.size, exif_orientation(image)
+        turned = stored[::-1] if orientation >= 5 else stored
+        wanted = turned if frame is None else tuple(int(side) for side in frame)
+        if wanted not in (stored, turned):
+            raise UserError(
+                f"{path}: is {stored[0]} × {stored[1]}, its boxes are for {wanted[0]} × {wanted[1]}; "
+                "has the file changed?"
+            )
+        turns = orientation != 1 and (frame is None or wanted != stored)
+        if image.format == "JPEG" and image.mode == "RGB" and not turns:
+            file.seek(0)
+            pixels = _decode_jpeg(file.read())
+            if pixels is not None and pixels.shape == (stored[1], stored[0], 3):
+                return pixels
+        image.load()
+        return _to_rgb(image.transpose(UPRIGHT[orientation]) if turns else image, path)
+
     try:
-        with Path(path).open("rb") as file, Image.open(file) as image:
-            stored, orientation = image.size, exif_orientation(image)
-            turned = stored[::-1] if orientation >= 5 else stored
-            wanted = turned if frame is None else tuple(int(side) for side in frame)
-            if wanted not in (stored, turned):
-                raise UserError(
-                    f"{path}: is {stored[0]} × {stored[1]}, its boxes are for {wanted[0]} × {wanted[1]}; "
-                    "has the file changed?"
-                )
-            turns = orientation != 1 and (frame is None or wanted != stored)
-            if image.format == "JPEG" and image.mode == "RGB" and not turns:
-                file.seek(0)
-                pixels = _decode_jpeg(file.read())
-                if pixels is not None and pixels.shape == (stored[1], stored[0], 3):
-                    return pixels
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image) if turns else image, path)
-    except IMAGE_ERRORS as error:
+        return with_image(path, decode)
+    except DamagedImage as error:
         raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from None
 
 
@@ -61,14 +72,6 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     if rgb is None or JPEG_END not in data[-TAIL:]:  # of a file cut short, OpenCV may give what there is
         return None
     return cv2.imdecode(np.frombuffer(data, np.uint8), rgb | cv2.IMREAD_IGNORE_ORIENTATION)
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation 1–8 of an opened image, from the header alone (1: none, or Pillow turns it itself)."""
-    if image.format not in ("JPEG", "MPO") and "exif" not in image.info:
-        return 1
-    orientation = image.getexif().get(0x0112, 1)
-    return orientation if orientation in range(2, 9) else 1
 
 
 def _to_rgb(image: Image.Image, path: Path | str) -> np.ndarray:
@@ -191,19 +194,21 @@ def _decode_into(file: BinaryIO, paths: Sequence[Path], transform: Callable, wor
 
 
 def read_headers(paths: Sequence[Path]) -> np.ndarray:
-    """int64 (n, 3): stored width, height, EXIF orientation; 0, 0, 0 when unreadable. Memoised."""
+    """int64 (n, 3): stored width, height, EXIF orientation; 0, 0, 0 of a damaged image. Memoised.
+
+    Raises UserError for a file that the system does not give.
+    """
 
     def compute() -> list[Any]:
         return threaded(_header, paths, desc="reading image sizes")
 
-    return np.array(remember("headers 1", paths, compute), np.int64).reshape(-1, 3)
+    return np.array(remember("headers 2", paths, compute), np.int64).reshape(-1, 3)
 
 
 def _header(path: Path) -> list[int]:
     try:
-        with Image.open(path) as image:
-            return [*image.size, exif_orientation(image)]
-    except IMAGE_ERRORS:
+        return with_image(path, lambda image, _: [*image.size, exif_orientation(image)])
+    except DamagedImage:
         return [0, 0, 0]
 
 
