@@ -1,7 +1,6 @@
 """The score stage of a run: from predictions.json to the finished cell and its report."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,9 @@ import torch
 
 from common.cell import Run
 from common.data.types import DetectionSet
-from common.engine import SPLIT, stream
 from common.files import write_text
 from common.metrics import coco
-from common.metrics.average_precision import Boxes
+from detection.chance import DRAWS, chance
 from detection.curves import curves, picture
 from detection.mistakes import KINDS, count_mistakes, draw_mistakes, find_mistakes
 from detection.results import read_results
@@ -34,13 +32,6 @@ SIZES = {
     "APm": "medium (32² to 96²)",
     "APl": "large (from 96²)",
 }
-
-
-def chance(found: Boxes, images: DetectionSet) -> dict[str, float]:
-    """The same scores with the labels of all detections shuffled (a fixed seed)."""
-    shuffled = replace(found, label=stream(SPLIT, 0).permutation(found.label))
-    values = scores(cell_statistics(shuffled, images))
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def finish(
@@ -114,7 +105,8 @@ def _markdown(run: Run, report: Mapping[str, Any], cost: Mapping[str, Any]) -> l
         "",
         f"In per cent. VOC average precision at IoU ≥ {IOU}: mAP by 11 points (VOC2007), mAP_area by the area (VOC2010 "
         "on). COCO's: AP over IoU .5 to .95, AP50, AP75. Difficult objects count neither way (for COCO they are crowd "
-        "regions). Chance: the same boxes, labels shuffled.",
+        "regions). Chance: every image's detections given to another image, class and box together; the mean of "
+        f"{DRAWS} draws.",
         "",
         *table_lines(report["classes"], metrics),
         "",

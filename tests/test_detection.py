@@ -236,7 +236,7 @@ class TestFinetune:
         kept = {name: (cell.parent / name).stat().st_mtime_ns for name in ("weights.pt", "predictions.json")}
         assert finetune.main(arguments) == 0
         after = json.loads(cell.read_text())
-        assert [one["inputs"]["score"]["protocol"] for one in (before, after)] == [1, 2]
+        assert [one["inputs"]["score"]["protocol"] for one in (before, after)] == [1, 3]
         assert after["metrics"] == before["metrics"] and after["keys"]["predict"] == before["keys"]["predict"]
         assert kept == {name: (cell.parent / name).stat().st_mtime_ns for name in kept}
         assert "finished already" not in capsys.readouterr().out

@@ -187,10 +187,9 @@ def class_ap(stats: Mapping[str, np.ndarray], weights: np.ndarray | None = None)
             eleven[scored, c] = area[scored, c] = 0.0
             continue
         wrong = np.flatnonzero(mark[: right[-1]] == WRONG)
-        ones, rows = np.ones(len(wrong)), np.searchsorted(right, wrong)
-        between = csr_array((ones, (rows, image[wrong])), shape=(len(right), images))
         tp = np.cumsum(weights[image[right]], 0)
-        seen = tp + np.cumsum(between @ weights, 0)
+        between = weight_sums(np.searchsorted(right, wrong), image[wrong], weights, len(right))
+        seen = tp + np.cumsum(between, 0)
         precision = np.divide(tp, seen, out=np.zeros_like(tp), where=seen > 0)
         precision = np.maximum.accumulate(precision[::-1], 0)[::-1]
         recall = tp / np.where(scored, objects[:, c], 1.0)
@@ -198,6 +197,13 @@ def class_ap(stats: Mapping[str, np.ndarray], weights: np.ndarray | None = None)
         steps = np.diff(recall, axis=0, prepend=0.0) * precision
         area[scored, c] = np.cumsum(steps, 0)[-1][scored]  # cumsum adds in order, as a plain loop does
     return {"AP": eleven, "AP_area": area}
+
+
+def weight_sums(owner: np.ndarray, image: np.ndarray, weights: np.ndarray, owners: int) -> np.ndarray:
+    """The weights (images, R) of the rows' `image`, summed for each `owner` of rows: (owners, R)."""
+    if weights.shape[1] == 1:
+        return np.bincount(owner, weights[image, 0], owners)[:, None]
+    return csr_array((np.ones(len(owner)), (owner, image)), shape=(owners, len(weights))) @ weights
 
 
 def _eleven_point(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:

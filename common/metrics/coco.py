@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-from scipy.sparse import csr_array
 
-from common.metrics.average_precision import IGNORED, RIGHT, WRONG, Boxes, mean_of_classes
+from common.metrics.average_precision import IGNORED, RIGHT, WRONG, Boxes, mean_of_classes, weight_sums
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -201,9 +200,7 @@ def class_ap(stats: Mapping[str, np.ndarray], weights: np.ndarray | None = None,
 def _seen(image, stops, weights, rows=None) -> np.ndarray:
     """The weight of all detections (of `rows`) down to each of `stops`, itself included: (stops, R)."""
     rows = np.arange(stops[-1] + 1) if rows is None else rows
-    owner = np.searchsorted(stops, rows)
-    between = csr_array((np.ones(len(rows)), (owner, image[rows])), shape=(len(stops), len(weights)))
-    return np.cumsum(between @ weights, 0)
+    return np.cumsum(weight_sums(np.searchsorted(stops, rows), image[rows], weights, len(stops)), 0)
 
 
 def _interpolated(tp: np.ndarray, total: np.ndarray, objects: np.ndarray) -> np.ndarray:
