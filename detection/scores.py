@@ -13,12 +13,16 @@ IOU = 0.5
 
 
 def truth_of(images: DetectionSet) -> Boxes:
-    """The objects of a set as flat arrays."""
+    """The objects of a set as published, flat: what its readers clip or drop for training is scored as it stands."""
+    known = images.truth
+    if known is None:
+        known = list(zip(images.boxes, images.labels, images.difficult))
+    boxes, labels, difficult = (np.concatenate([part[k] for part in known]) for k in range(3))
     return Boxes(
-        image=np.repeat(np.arange(len(images)), [len(labels) for labels in images.labels]),
-        label=np.concatenate(images.labels),
-        box=np.concatenate(images.boxes).astype(np.float64),
-        difficult=np.concatenate(images.difficult),
+        image=np.repeat(np.arange(len(images)), [len(part[1]) for part in known]),
+        label=labels,
+        box=boxes.astype(np.float64),
+        difficult=difficult,
     )
 
 

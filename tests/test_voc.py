@@ -108,6 +108,33 @@ def test_voc_box_rules(tmp_path):
     ]
 
 
+def test_truth_is_as_published(tmp_path):
+    """Rules for flawed boxes are for training: what is scored keeps every object, as the devkit reads it."""
+    corners = [(0, 0, 9, 9), (5, 5, 5, 14), (15, 5, 25, 12), (9, 3, 4, 8), (2, 3, 4, 8), (30, 1, 40, 5)]
+    odd = (
+        xml([("cell", box, k == 4) for k, box in enumerate(corners)])
+        .replace("True", "1")
+        .replace("False", "0")
+    )
+    root = voc_year(tmp_path / "cells", {"trainval": {"a": odd, "b": FINE}, "test": {"c": FINE, "d": odd}})
+    train, test = open_detection(f"voc:{root}")
+    known = test.truth[1]
+    assert known.boxes.tolist() == [[x0 - 1, y0 - 1, x1, y1] for x0, y0, x1, y1 in corners]
+    assert known.boxes.dtype == np.float64 and known.areas is None
+    assert known.repaired.tolist() == [True, True, True, True, False, True]
+    assert known.difficult.tolist() == [False] * 4 + [True, False] and known.labels.tolist() == [0] * 6
+    assert len(test.boxes[1]) == 3 == len(train.boxes[0])
+    assert test.report[-1] == "5 × object that these rules clip or drop: scored as published"
+    assert not any("published" in line for line in train.report)
+    assert test.take([1]).truth[0].boxes.tolist() == known.boxes.tolist()
+    held_out = train.take([0, 0]).split(0.5)[1]  # --val-share scores a part of the training images
+    assert held_out.report[-1] == test.report[-1]
+    # a set that no rule touches keeps its fingerprint, and so its cells
+    fine, _ = open_detection(f"voc:{root}")
+    assert fine.to_score().fingerprint != fine.fingerprint
+    assert fine.take([1]).to_score().fingerprint == fine.take([1]).fingerprint
+
+
 def test_voc_image_size_rules(tmp_path):
     root = one_folder(tmp_path, xml([("cell", (1, 1, 30, 10), 0)], size=(40, 10)))
     (root / "Annotations" / "b.xml").write_text(xml([], size=None))

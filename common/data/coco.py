@@ -192,7 +192,6 @@ def _build(
         note("object of a class that classes= leaves out: dropped", ~known)
     if training:
         note("crowd region: left out of training", read.crowd & known)
-        known &= ~read.crowd
     else:
         note("crowd region: difficult, neither right nor wrong", read.crowd & known)
     width, height = read.box[known, 2:].T
@@ -208,6 +207,8 @@ def _build(
         read.crowd[known],
         [f"{read.file.name} annotations[{number}]" for number in read.number[known].tolist()],
         bad,
+        left_out=read.crowd[known] if training else None,
+        area=read.area[known],
     )
     made = finished_set(
         *(name, classes, read.ids, paths, read_headers(paths), read.sizes, objects),
@@ -218,4 +219,5 @@ def _build(
         settings=["coco", classes],
         report=report,
     )
-    return replace(made, categories=list(category_of.values()))
+    made = replace(made, categories=list(category_of.values()))
+    return made if training else made.to_score()

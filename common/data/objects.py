@@ -9,7 +9,7 @@ import numpy as np
 
 from common.data.fingerprint import fingerprint
 from common.data.layout import Report
-from common.data.types import DetectionSet
+from common.data.types import DetectionSet, Truth
 from common.errors import UserError
 
 
@@ -18,7 +18,8 @@ class Objects:
     """Objects of many images, flat. `box`: float64 (k, 4) x0, y0, x1, y1, half-open, as the file says.
 
     `image`, `label`: int64 (k,). `difficult`: bool (k,). `where`: each object's place, for reports. `bad`: bool
-    (k,) masks by the rule that drops an object for what the file says of its corners.
+    (k,) masks by the rule that drops an object for what the file says of its corners. `left_out`: bool (k,), nothing to
+    train on (crowd regions). `area`: float64 (k,), where the file says one.
     """
 
     image: np.ndarray
@@ -27,6 +28,8 @@ class Objects:
     difficult: np.ndarray
     where: list[str]
     bad: dict[str, np.ndarray]
+    left_out: np.ndarray | None = None
+    area: np.ndarray | None = None
 
 
 def frames(
@@ -79,9 +82,9 @@ def clip(
     # an unreadable image has no size yet; the image check names it
     limits = np.where(sizes > 0, sizes, np.iinfo(np.int64).max)[found.image]
     clipped = np.clip(found.box, 0, np.hstack([limits, limits]))
-    keep = np.ones(len(found.image), bool)
+    keep = np.ones(len(found.image), bool) if found.left_out is None else ~found.left_out
     for rule, bad in found.bad.items():
-        note(f"box with {rule}: dropped", bad)
+        note(f"box with {rule}: dropped", bad & keep)
         keep &= ~bad
     outside = keep & (clipped[:, :2] >= clipped[:, 2:]).any(1)
     keep &= ~outside
@@ -124,6 +127,7 @@ def finished_set(
         first = places[int(np.argmin(counts))]
         report.note("image without objects: kept, all background", first, int((counts == 0).sum()))
     cuts = np.cumsum(counts)[:-1]
+    repaired = ~keep | (boxes != found.box).any(1)
     return DetectionSet(
         name,
         classes,
@@ -135,4 +139,14 @@ def finished_set(
         np.split(found.difficult[rows], cuts),
         fingerprint(settings, ids, paths, annotations),
         report.lines(),
+        truth=_truth(found, repaired, len(ids)),
     )
+
+
+def _truth(found: Objects, repaired: np.ndarray, images: int) -> list[Truth]:
+    """Every object as the file says it, by image."""
+    order = np.argsort(found.image, kind="stable")
+    cuts = np.cumsum(np.bincount(found.image, minlength=images))[:-1]
+    columns = (found.box, found.label, found.difficult, repaired, found.area)
+    parts = [[None] * images if c is None else np.split(c[order], cuts) for c in columns]
+    return [Truth(*row) for row in zip(*parts)]

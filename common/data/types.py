@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from common.data.decode import read_rgb
 from common.errors import UserError
 from common.files import digest
 
-PER_IMAGE = ("ids", "paths", "labels", "boxes", "sizes", "difficult", "captions", "pixels")
+PER_IMAGE = ("ids", "paths", "labels", "boxes", "sizes", "difficult", "truth", "captions", "pixels")
 
 
 def hash_order(ids: Sequence) -> np.ndarray:
@@ -107,6 +107,22 @@ class ImageSet(_Indexed):
         return read_rgb(self.paths[index]) if self.pixels is None else self.pixels[index]
 
 
+class Truth(NamedTuple):
+    """An image's objects as its file gives them, none moved and none dropped: what scores compare with.
+
+    `boxes`: float64 (k, 4) x0, y0, x1, y1 as in `DetectionSet`, but they may leave the image, have no area, or run
+    backwards. `labels`: int64 (k,). `difficult`: bool (k,), neither right nor wrong (COCO's crowd regions too).
+    `repaired`: bool (k,), whether a rule clips or drops the object in training. `areas`: float64 (k,) as a COCO file
+    says, None where the boxes' own are meant.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+    repaired: np.ndarray
+    areas: np.ndarray | None = None
+
+
 @dataclass
 class DetectionSet(_Indexed):
     """Images with labelled boxes.
@@ -116,6 +132,10 @@ class DetectionSet(_Indexed):
     continuous and half-open: a box that covers the whole image is 0, 0, width, height. `labels`: one int64
     (k,) array an image, indices into `classes` (no background class). `difficult`: one bool (k,) array. `categories`:
     the classes' ids in result files, None for 1, 2, 3 …
+
+    `boxes`, `labels` and `difficult` are what is trained on and drawn: the readers' rules have clipped boxes or dropped
+    them, counted in `report`. `truth`, one an image, is what scores compare with: every object as published (None:
+    the same as `boxes`).
     """
 
     name: str
@@ -130,6 +150,21 @@ class DetectionSet(_Indexed):
     report: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     categories: list[int] | None = None
+    truth: list[Truth] | None = None
+
+    def to_score(self) -> Self:
+        """The set as one that is scored: where `truth` is not `boxes`, report and fingerprint say so."""
+        repaired = sum(int(known.repaired.sum()) for known in self.truth or [])
+        if not repaired:
+            return self
+        line = f"{repaired} × object that these rules clip or drop: scored as published"
+        key = digest(self.fingerprint, "scored as published")
+        return replace(self, report=[*self.report, line], fingerprint=key)
+
+    def split(self, share: float, among: np.ndarray | None = None) -> tuple[Self, Self]:
+        """As of every set; the part held out is one `to_score`."""
+        rest, held_out = super().split(share, among)
+        return rest, held_out.to_score()
 
 
 @dataclass

@@ -50,6 +50,7 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     classes = given or _discover([train_raw, test_raw])
     name = short_name(spec.options.get("name") or _default_name(years))
     train, test = (_build(name, raw, classes, given) for raw in (train_raw, test_raw))
+    test = test.to_score()
     both = set(train.paths) & set(test.paths)
     if both:
         line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
