@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from common.data import open_detection
 from common.data.coco import read_instances
-from common.data.layout import Report
+from common.data.layout import Report, json_id
 from common.data.objects import frames
 from common.errors import UserError
 from common.metrics import coco
@@ -345,3 +345,27 @@ def test_frames():
     assert frames(np.array([[30, 30, 6]]), [[30, 30]], ["a"], report, "JSON").tolist() == [[30, 30]]
     assert "EXIF rotation not applied" in report.lines()[0]
     assert frames(np.zeros((1, 3), int), [[4, 5]], ["a"], Report(), "XML").tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        *((7, 7), (7.0, 7), (-3.0, -3), (2**53 + 1, 2**53 + 1), (2**70, 2**70), (2.0**53, None)),
+        *((1.5, None), (float("nan"), None), (float("inf"), None), (True, None), (None, None), ("a", "a")),
+    ],
+)
+def test_json_ids(value, expected):
+    found = json_id(value)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_whole_numbers_written_as_floats_are_ids(world):
+    file = world / "annotations" / "instances_train2017.json"
+    before = read_instances(file, Report())
+    content = json.loads(file.read_text())
+    content["images"] = [{**image, "id": float(image["id"])} for image in content["images"]]
+    content["annotations"] = [{**a, "image_id": float(a["image_id"])} for a in content["annotations"]]
+    file.write_text(json.dumps(content))
+    after = read_instances(file, Report())
+    assert after.ids == before.ids and {type(key) for key in after.ids} == {int}
+    assert np.array_equal(after.image, before.image)

@@ -192,9 +192,21 @@ def json_lists(content: Any, keys: Sequence[str], file: Path, form: str) -> list
     return [content[key] for key in keys]
 
 
+def json_id(value: Any) -> int | str | None:
+    """An id in a JSON file: text, or a whole number as int, which some writers give as 1.0; None for anything else.
+
+    So is a float from 2⁵³ on: it may stand for another id, rounded.
+    """
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 2**53 else None
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
 def json_field(item: Any, key: str, kind: type, where: str) -> Any:
     """The value `key` of a JSON object, of type `kind` (int or str). UserError when it is absent or of another."""
     value = item.get(key) if isinstance(item, dict) else None
+    if kind is int and json_id(value) is not None:
+        value = json_id(value)
     if not isinstance(value, kind) or isinstance(value, bool):
         keys = f"keys {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
         held = f"{value!r}" if value is not None else f"missing, found {keys}"
