@@ -218,7 +218,10 @@ def test_localisation_scores_the_boxed_images_of_val(imagefolder):
     assert (
         test.boxes[0].tolist() == [[0, 0.5, 1, 1], [0.25, 0, 0.5, 0.5]] and test.boxes[0].dtype == np.float64
     )
-    assert test.report == ["1 × boxed image of the training folder: not scored (first: train/cat/train0.png)"]
+    assert test.report == [
+        "1 × boxed image of the training folder: not scored (first: train/cat/train0.png)",
+        "3 × image of val without a box: not scored (first: val/cat/val0.png)",
+    ]
     before = test.fingerprint
     boxes_file(imagefolder, [rows[0], rows[1].replace("0.25", "0.26"), rows[2]])
     assert open_localisation(f"folder:{imagefolder},boxes={listed}")[1].fingerprint != before
@@ -268,6 +271,9 @@ def test_localisation_refuses_copies(imagefolder):
         (["val/cat/val0.png,0,0,120,80"], None, ("line 2", "x1 is 120", "shares")),
         (["val/cat/gone.png,0,0,1,1", "val/cat/val0.png,0,0,1,1"], None, ("1 of 2", "val/cat/gone.png")),
         ([], None, ("holds no box",)),
+        (["val/cat/val0.png,.5,.5,.5,1"], None, ("holds no box",)),
+        (["val/cat/val0.png,.8,0,.2,1"], None, ("line 2", "x0 0.8 is above x1 0.2: swapped corners")),
+        (["val/cat/val0.png,0,.8,1,.2"], None, ("line 2", "y0 0.8 is above y1 0.2: swapped corners")),
     ],
 )
 def test_bad_box_lists(imagefolder, rows, header, parts):
@@ -279,11 +285,12 @@ def test_box_list_rules(imagefolder):
     rows = ["val/cat/val0.png,-0.1,0,1,1.2", "val/cat/val0.png,.5,.2,.5,.9", "val/cat/val0.png,1.1,0,1.2,1"]
     _, test = open_localisation(f"folder:{imagefolder},boxes={boxes_file(imagefolder, rows)}")
     assert test.boxes[0].tolist() == [[0, 0, 1, 1]]
-    assert test.report == [
+    assert test.report[:3] == [
         "1 × box reaches outside its image: clipped (first: boxes.csv line 2)",
         "1 × box with no area: dropped (first: boxes.csv line 3)",
         "1 × box wholly outside its image: dropped (first: boxes.csv line 4)",
     ]
+    assert test.problems == test.report[1:3]
     fails(lambda: open_localisation(f"folder:{imagefolder}"), "localisation needs boxes")
     fails(lambda: open_classification(f"folder:{imagefolder},exclude_boxed=1"), "need boxes=FILE")
     fails(lambda: open_localisation(f"folder:{imagefolder},boxes=/gone.csv"), "/gone.csv", "No such file")
@@ -295,6 +302,22 @@ def test_box_list_rules(imagefolder):
     fails(
         lambda: open_localisation(f"folder:{imagefolder},boxes={listed},boxes_split=tset"), "boxes_split=tset"
     )
+
+
+def test_an_image_whose_boxes_are_all_dropped_is_a_miss(imagefolder):
+    rows = ["val/cat/val0.png,0,0,1,1", "val/cat/val1.png,.5,.2,.5,.9"]
+    _, test = open_localisation(f"folder:{imagefolder},boxes={boxes_file(imagefolder, rows)}")
+    assert test.ids == ["val/cat/val0.png", "val/cat/val1.png"] and [len(b) for b in test.boxes] == [1, 0]
+    line = "1 × image of which every box was dropped: a miss where it is scored (first: val/cat/val1.png)"
+    assert line in test.report and line in test.problems
+
+
+def test_a_part_held_out_tells_nothing_twice(imagefolder):
+    (imagefolder / "train" / "cat" / "train1.png").write_bytes(b"x")
+    train, _ = open_classification(f"folder:{imagefolder}", skip_bad=True)
+    rest, scored = train.split(0.5)
+    assert len(rest) + len(scored) == 7 and rest.skipped == ["train/cat/train1.png"] and scored.skipped == []
+    assert len(rest.report) == 1 and scored.report == []
 
 
 # captions
@@ -433,8 +456,25 @@ def test_cub(cub):
     assert train.boxes[0].tolist() == [[0, 0, 1, 1]] and train.boxes[1].tolist() == [[0.75, 0, 1, 1]]
     assert test.boxes[0].tolist() == [[0.25, 0.2, 0.75, 0.6]] and test.boxes[1].shape == (0, 4)
     assert train.report == ["1 × box reaches outside its image: clipped (first: 002.Owl/d.jpg)"]
-    assert test.report == ["1 × box with no area inside its image: dropped (first: 002.Owl/e.jpg)"]
+    assert (
+        test.report
+        == test.problems
+        == [
+            "1 × box with no area inside its image: dropped (first: 002.Owl/e.jpg)",
+            "1 × image of which every box was dropped: a miss where it is scored (first: 002.Owl/e.jpg)",
+        ]
+    )
     assert open_classification(f"cub:{cub.parent}")[0].ids == train.ids
+
+
+def test_a_cub_box_of_negative_width_is_a_miss(cub):
+    path = cub / "bounding_boxes.txt"
+    path.write_text(path.read_text().replace("2 5.0 2.0 10.0", "2 5.0 2.0 -4.0"))
+    _, test = open_localisation(f"cub:{cub}")
+    assert (
+        len(test) == 2
+        and "1 × box with swapped corners: dropped (first: 001.Black_Bird/c.jpg)" in test.problems
+    )
 
 
 @pytest.mark.parametrize(

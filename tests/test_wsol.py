@@ -486,6 +486,20 @@ def test_evaluate_anyones_maps(scored, capsys):
     assert alone == {name: scores["metrics"][name] for name in ("Top-1 Loc", "GT-known Loc", "top-1")}
 
 
+def test_evaluate_counts_an_image_whose_box_is_bad_as_a_miss(scored, capsys):
+    """Two maps that are right: a box without area leaves 50 % of 2, and columns in another order are refused."""
+    folder, command, _ = scored
+    boxes = folder / "boxes.csv"
+    boxes.write_text("path,x0,y0,x1,y1\na/1.jpg,0,0,.5,.5\na/2.jpg,.25,.25,.25,.75\n")
+    assert evaluate.main(command) == 0
+    out = capsys.readouterr().out
+    assert "GT-known Loc: 50.00 %" in out and "2 images" in out
+    assert "data: 1 × image of which every box was dropped: a miss where it is scored (first: a/2.jpg)" in out
+    boxes.write_text("path,x0,y0,x1,y1\na/1.jpg,0,.5,0,.5\na/2.jpg,.25,.75,.125,.75\n")
+    with pytest.raises(UserError, match=r"line 3: x0 0.25 is above x1 0.125: swapped corners, or columns in"):
+        evaluate.main(command)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -122,6 +122,24 @@ def test_ilsvrc_images_the_list_does_not_know(tmp_path):
     assert len(open_classification(f"ilsvrc:{root}")[1]) == 4
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "folders"])
+def test_an_ilsvrc_image_whose_box_is_dropped_is_a_miss(tmp_path, nested):
+    root = ilsvrc(tmp_path, nested)
+    listed = write_solution(root / "LOC_val_solution.csv")
+    listed.write_text(listed.read_text().replace("4 2 20 10", "20 2 4 10").replace("8 4 50 30", "8 4 8 30"))
+    _, test = open_localisation(f"ilsvrc:{root}")
+    assert [len(boxes) for boxes in test.boxes] == [0, 2, 0]
+    assert (
+        test.report
+        == test.problems
+        == [
+            f"1 × box with swapped corners: dropped (first: {test.ids[0]})",
+            f"1 × box with no area inside its image: dropped (first: {test.ids[2]})",
+            f"2 × image of which every box was dropped: a miss where it is scored (first: {test.ids[0]})",
+        ]
+    )
+
+
 def test_ilsvrc_refusals(tmp_path):
     root = ilsvrc(tmp_path, nested=False)
     with pytest.raises(UserError, match="boxes are needed; add boxes="):

@@ -12,13 +12,15 @@ from common.data.layout import Report
 from common.errors import UserError
 
 HEADER = ["path", "x0", "y0", "x1", "y1"]
+ALL_DROPPED = "image of which every box was dropped: a miss where it is scored"
 
 
 def read_box_csv(path: Path, report: Report) -> dict[str, np.ndarray]:
     """Boxes by image path (as written, `/` between parts): float64 (k, 4) x0, y0, x1, y1, shares in [0, 1].
 
-    Boxes a little outside are clipped, boxes without area dropped, both noted in `report`. Raises UserError
-    with file and line for a wrong header, a row that is not five fields, and a number that is no share.
+    Boxes a little outside are clipped, boxes without area dropped, both noted in `report`; an image that loses all of
+    its boxes stays, with an empty (0, 4) array: a miss. Raises UserError with file and line for a wrong header, a row
+    that is not five fields, a number that is no share, and swapped corners.
     """
     boxes: dict[str, list[list[float]]] = {}
     try:
@@ -35,12 +37,14 @@ def read_box_csv(path: Path, report: Report) -> dict[str, np.ndarray]:
                 where = f"{path} line {rows.line_num}"
                 box = _share_box(row, where)
                 kept = boxes.setdefault(row[0].strip(), [])
-                if box[0] >= box[2] or box[1] >= box[3]:
-                    report.note("box with no area: dropped", f"{path.name} line {rows.line_num}")
+                if box[0] == box[2] or box[1] == box[3]:
+                    report.problem("box with no area: dropped", f"{path.name} line {rows.line_num}")
                     continue
                 clipped = [min(max(value, 0.0), 1.0) for value in box]
                 if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-                    report.note("box wholly outside its image: dropped", f"{path.name} line {rows.line_num}")
+                    report.problem(
+                        "box wholly outside its image: dropped", f"{path.name} line {rows.line_num}"
+                    )
                     continue
                 if clipped != box:
                     report.note("box reaches outside its image: clipped", f"{path.name} line {rows.line_num}")
@@ -49,10 +53,12 @@ def read_box_csv(path: Path, report: Report) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file ({error})") from None
-    boxes = {key: value for key, value in boxes.items() if value}
-    if not boxes:
+    if not any(boxes.values()):
         raise UserError(f"{path}: holds no box; expected rows of {','.join(HEADER)}")
-    return {key: np.array(value, np.float64) for key, value in boxes.items()}
+    bare = [key for key, value in boxes.items() if not value]
+    if bare:
+        report.problem(ALL_DROPPED, bare[0], len(bare))
+    return {key: np.array(value, np.float64).reshape(-1, 4) for key, value in boxes.items()}
 
 
 def _share_box(row: list[str], where: str) -> list[float]:
@@ -70,6 +76,12 @@ def _share_box(row: list[str], where: str) -> list[float]:
         if not -0.5 <= value <= 1.5:
             raise UserError(f"{where}: {key} is {text}; boxes are shares of width and height, from 0 to 1")
         box.append(value)
+    for low, high in ((0, 2), (1, 3)):
+        if box[low] > box[high]:
+            raise UserError(
+                f"{where}: {HEADER[low + 1]} {box[low]:g} is above {HEADER[high + 1]} {box[high]:g}: swapped corners, "
+                f"or columns in another order; write {','.join(HEADER)}"
+            )
     return box
 
 
@@ -78,7 +90,8 @@ def pixel_shares(
 ) -> list[np.ndarray]:
     """Boxes in pixels, n × (k, 4) half-open, as shares of the upright image, whose size its header says.
 
-    Boxes that reach outside are clipped, boxes that have no area inside dropped; both are in `report`.
+    Boxes that reach outside are clipped; boxes with swapped corners and those that have no area inside are dropped. All
+    is in `report`. An image that loses all of its boxes has an empty (0, 4) array: a miss.
     """
     headers = read_headers(paths)
     sizes = np.where(headers[:, 2:] >= 5, headers[:, 1::-1], headers[:, :2])
@@ -87,15 +100,20 @@ def pixel_shares(
     owner = np.repeat(np.arange(len(boxes)), counts)
     shares = np.concatenate([np.zeros((0, 4)), *boxes]) / np.tile(sizes[owner], 2)
     clipped = np.clip(shares, 0, 1)
+    swapped = (shares[:, :2] > shares[:, 2:]).any(1)
     empty = (clipped[:, :2] >= clipped[:, 2:]).any(1)
     outside = ((shares < 0) | (shares > 1 + 1e-9)).any(1) & ~empty
     readable = headers[owner, 0] > 0
-    for rule, fired in (
-        ("box with no area inside its image: dropped", empty & readable),
-        ("box reaches outside its image: clipped", outside & readable),
+    kept = np.bincount(owner[~empty], minlength=len(boxes))
+    bare = (np.array(counts, np.int64) > 0) & (kept == 0) & (headers[:, 0] > 0)
+    for note, rule, fired, image in (
+        (report.problem, "box with swapped corners: dropped", swapped & readable, owner),
+        (report.problem, "box with no area inside its image: dropped", empty & ~swapped & readable, owner),
+        (report.note, "box reaches outside its image: clipped", outside & readable, owner),
+        (report.problem, ALL_DROPPED, bare, np.arange(len(boxes))),
     ):
         if fired.any():
-            report.note(rule, str(ids[owner[np.argmax(fired)]]), int(fired.sum()))
+            note(rule, str(ids[image[np.argmax(fired)]]), int(fired.sum()))
     ends = np.cumsum(counts)
     return [
         clipped[end - count : end][~empty[end - count : end]] for end, count in zip(ends.tolist(), counts)

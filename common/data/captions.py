@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from common.data.coco_layout import PLAIN_NAMES, CocoLayout, warn_of_both
+from common.data.coco_layout import PLAIN_NAMES, CocoLayout
 from common.data.fingerprint import fingerprint
 from common.data.layout import Report, json_lists, need_folder, need_present, short_name
+from common.data.overlap import note_of_both
 from common.data.spec import DataSpec
 from common.data.types import CaptionSet
 from common.errors import UserError
@@ -28,13 +29,13 @@ def read_captions(spec: DataSpec) -> tuple[CaptionSet, CaptionSet]:
     """
     root = need_folder(spec.path, LAYOUT) if spec.path else None
     if "karpathy" in spec.options:
-        return warn_of_both(*_read_karpathy(spec, root))
+        return note_of_both(*_read_karpathy(spec, root))
     tested = "test" if "test" in spec.options else "val"
     layout = CocoLayout(spec, root, "captions", SUFFIXES, LAYOUT)
     files = {part: layout.annotation_file(part) for part in ("train", tested)}
     folders = {part: layout.image_folder(part, files[part]) for part in files}
     name = _set_name(spec, root or folders["train"])
-    return warn_of_both(*(_read(name, files[part], folders[part]) for part in files))
+    return note_of_both(*(_read(name, files[part], folders[part]) for part in files))
 
 
 def _set_name(spec: DataSpec, folder: Path) -> str:

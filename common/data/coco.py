@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from common.data.coco_layout import PLAIN_NAMES, CocoLayout, warn_of_both
+from common.data.coco_layout import PLAIN_NAMES, CocoLayout
 from common.data.decode import read_headers
 from common.data.layout import Report, json_field, json_lists, need_folder, need_present, short_name
 from common.data.objects import Objects, finished_set
+from common.data.overlap import note_of_both
 from common.data.spec import DataSpec
 from common.data.types import DetectionSet
 from common.errors import UserError
@@ -70,7 +71,7 @@ def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
         _build(name, *part, category_of, given, training=k == 0)
         for k, part in enumerate(zip(parts, folders, reports))
     )
-    return warn_of_both(train, test)
+    return note_of_both(train, test)
 
 
 def read_instances(file: Path, report: Report) -> Instances:

@@ -1,16 +1,13 @@
 """Where the files of a set in COCO's layout stand: named by options, or found by COCO's names."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from common.data.layout import found, need_folder
 from common.data.spec import DataSpec
-from common.data.types import CaptionSet, DetectionSet
 from common.errors import UserError
 
 PLAIN_NAMES = ("images", "train", "val", "train2014", "val2014", "train2017", "val2017", "JPEGImages")
-AnySet = TypeVar("AnySet", CaptionSet, DetectionSet)
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,3 @@ class CocoLayout:
     def _named(self, key: str) -> Path:
         path = Path(self.spec.options[key])
         return self.root / path if self.root and not path.exists() else path
-
-
-def warn_of_both(train: AnySet, test: AnySet) -> tuple[AnySet, AnySet]:
-    """The two sets, the test set's report saying how many images stand in both."""
-    both = set(train.paths) & set(test.paths)
-    if both:
-        line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
-        test = replace(test, report=[*test.report, line])
-    return train, test

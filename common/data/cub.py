@@ -70,7 +70,7 @@ def _part(whole: ImageSet, pixels: np.ndarray, indices: np.ndarray, root: Path) 
     x, y, w, h = pixels[indices].T
     corners = np.stack([x, y, x + w, y + h], axis=1)[:, None]
     boxes = pixel_shares(list(corners), part.paths, part.ids, report)
-    return replace(part, boxes=boxes, report=report.lines())
+    return report.on(replace(part, boxes=boxes))
 
 
 def _table(path: Path, columns: int, kind: Callable[[str], Any]) -> dict[int, Any]:

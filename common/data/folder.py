@@ -56,10 +56,7 @@ def read_folder(spec: DataSpec, localise: bool = False) -> tuple[ImageSet, Image
         )
     elif {"exclude_boxed", "boxes_split"} & set(spec.options):
         raise UserError(f"--data {spec}: exclude_boxed and boxes_split need boxes=FILE")
-    return (
-        replace(train, report=train.report + reports["train"].lines()),
-        replace(test, report=test.report + reports["val"].lines()),
-    )
+    return reports["train"].on(train), reports["val"].on(test)
 
 
 def _read_part(root: Path, part: str, classes: list[str], spec: DataSpec, report: Report) -> ImageSet:
@@ -128,6 +125,9 @@ def _with_boxes(
     if split == "val" and in_train.any() and not exclude:
         first = train.ids[np.flatnonzero(in_train)[0]]
         reports["val"].note("boxed image of the training folder: not scored", first, int(in_train.sum()))
+    if not in_test.all():
+        first = test.ids[np.flatnonzero(~in_test)[0]]
+        reports["val"].note("image of val without a box: not scored", first, int((~in_test).sum()))
     scored = test.take(np.flatnonzero(in_test))
     if split == "all":
         scored = _join(train.take(np.flatnonzero(in_train)), scored)

@@ -69,7 +69,7 @@ def read_ilsvrc(spec: DataSpec, localise: bool = False) -> tuple[ImageSet, Image
     train = class_images(name, classes, root, folders, reports[0])
     train = _boxed(train, sources["train"], reports[0])[0] if sources["train"] else train
     test = _validation(name, classes, root, sources["val"], localise, reports[1])
-    return tuple(replace(part, report=report.lines()) for part, report in zip((train, test), reports))
+    return tuple(report.on(part) for part, report in zip((train, test), reports))
 
 
 def class_images(
@@ -112,16 +112,17 @@ def _validation(
     if source is None:
         return images
     images, said = _boxed(images, source, report)
+    listed = np.array([entry is not None and len(entry.boxes) > 0 for entry in said])
     if not nested:
         images = replace(images, labels=_labels(images, said, classes, source, report))
-        images = images.take(np.flatnonzero(images.labels >= 0))
-    boxed = np.array([len(boxes) > 0 for boxes in images.boxes])
-    if not boxed.any():
+        known = np.flatnonzero(images.labels >= 0)
+        images, listed = images.take(known), listed[known]
+    if not images.boxed.any():
         raise UserError(f"{source}: none of the {len(images)} images of {folder} has a box there")
-    if localise and not boxed.all():
-        first = images.ids[int(np.argmin(boxed))]
-        report.note("validation image without a box: not scored", first, int((~boxed).sum()))
-        images = images.take(np.flatnonzero(boxed))
+    if localise and not listed.all():
+        first = images.ids[int(np.argmin(listed))]
+        report.note("validation image without a box: not scored", first, int((~listed).sum()))
+        images = images.take(np.flatnonzero(listed))
     return images
 
 

@@ -3,9 +3,10 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common.data.cache import need_text
 from common.errors import UserError
@@ -18,6 +19,8 @@ SYSTEM = {
     *("@eadir", "#recycle", "#snapshot", "@__thumb", "@recycle"),
     "lost+found",
 }
+
+AnySet = TypeVar("AnySet")  # of common.data.types, which has `report` and `problems`
 
 
 class Report:
@@ -39,6 +42,11 @@ class Report:
     def lines(self) -> list[str]:
         """One line a rule: `3 × box reaches outside its image: clipped (first: 000012.xml object 2)`."""
         return [_line(rule, *fired) for rule, fired in self._rules.items()]
+
+    def on(self, part: AnySet) -> AnySet:
+        """The set with these lines after those it has."""
+        problems = [*part.problems, *self.problems()]
+        return replace(part, report=[*part.report, *self.lines()], problems=problems)
 
     def problems(self) -> list[str]:
         """Those of `lines` that are problems."""

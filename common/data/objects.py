@@ -139,6 +139,7 @@ def finished_set(
         np.split(found.difficult[rows], cuts),
         fingerprint(settings, ids, paths, annotations),
         report.lines(),
+        problems=report.problems(),
         truth=_truth(found, repaired, len(ids)),
     )
 

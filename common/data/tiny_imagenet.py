@@ -48,7 +48,7 @@ def read_tiny_imagenet(spec: DataSpec) -> tuple[ImageSet, ImageSet]:
         labels.append(index[wnid])
     test = replace(test, labels=np.array(labels, np.int64))
     test = _boxed(test, {key: box for key, (_, box) in said.items()}, [annotations], reports[1])
-    return tuple(replace(part, report=report.lines()) for part, report in zip((train, test), reports))
+    return tuple(report.on(part) for part, report in zip((train, test), reports))
 
 
 def _boxed(images: ImageSet, boxes: dict[str, list[int]], files: list[Path], report: Report) -> ImageSet:

@@ -26,7 +26,11 @@ def hash_order(ids: Sequence) -> np.ndarray:
 
 
 class _Indexed:
-    """What the three sets share: a length, parts by index, and `--limit`."""
+    """What the three sets share: a length, parts by index, and `--limit`.
+
+    `report`: what the rules for flawed data did, in lines, and `problems`, those of them that change what is scored.
+    `skipped`: ids of unreadable images that were left out.
+    """
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,12 +64,14 @@ class _Indexed:
         """(the rest, a `share` held out), each in the set's own order; either may be empty.
 
         By hash of the ids: the same for every seed. With `among`, bool (n,), the share is of those images alone.
+        What was noted and left out of the set is told by the rest, once.
         """
         order = hash_order(self.ids)
         if among is not None:
             order = order[among[order]]
         chosen = np.sort(order[: round(share * len(order))])
-        return self.take(np.setdiff1d(np.arange(len(self)), chosen)), self.take(chosen)
+        held_out = replace(self.take(chosen), report=[], problems=[], skipped=[])
+        return self.take(np.setdiff1d(np.arange(len(self)), chosen)), held_out
 
     def without(self, bad: Sequence[int]) -> Self:
         """The set without the images at the indices `bad`, counted in `skipped` and the report."""
@@ -95,6 +101,7 @@ class ImageSet(_Indexed):
     fingerprint: str = ""
     report: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     pixels: np.ndarray | None = None
 
     @property
@@ -149,6 +156,7 @@ class DetectionSet(_Indexed):
     fingerprint: str = ""
     report: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     categories: list[int] | None = None
     truth: list[Truth] | None = None
 
@@ -178,3 +186,4 @@ class CaptionSet(_Indexed):
     fingerprint: str = ""
     report: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Detection sets in PASCAL VOC's layout: one year, several years, or any folder of that shape."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +11,7 @@ from common.data.cache import remember
 from common.data.decode import read_headers, threaded
 from common.data.layout import EXTENSIONS, Report, found, need_folder, need_present, read_lines, short_name
 from common.data.objects import Objects, finished_set
+from common.data.overlap import note_of_both
 from common.data.spec import DataSpec
 from common.data.types import DetectionSet
 from common.errors import UserError
@@ -51,11 +52,7 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     name = short_name(spec.options.get("name") or _default_name(years))
     train, test = (_build(name, raw, classes, given) for raw in (train_raw, test_raw))
     test = test.to_score()
-    both = set(train.paths) & set(test.paths)
-    if both:
-        line = f"{len(both)} × image is in training and in the test set (first: {min(both).name})"
-        test = replace(test, report=[*test.report, line])
-    return train, test
+    return note_of_both(train, test)
 
 
 def _is_0712(years: list[Path]) -> bool:
