@@ -60,7 +60,8 @@ class Spice:
                 said = one_line(done.stderr.decode("utf-8", "replace"))[-300:]
                 raise JavaError(f"SPICE's Java ended with code {done.returncode}: … {said}")
             scores = {
-                entry["image_id"]: entry["scores"]["All"]["f"] for entry in json.loads(answered.read_text())
+                entry["image_id"]: entry["scores"]["All"]["f"]
+                for entry in json.loads(answered.read_text(encoding="utf-8"))
             }
         values = np.array([float(scores[i]) for i in range(len(entries))])
         if any(map(math.isnan, values)):

@@ -5,7 +5,6 @@ fingerprints of its inputs and a protocol number raised by hand when the meaning
 never retrains. `cell.json` is written last and atomically: a folder without it is not finished.
 """
 
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -13,24 +12,26 @@ import shutil
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock, Timeout
 
 from common.backbone import Backbone
 from common.engine import barrier, hardware, is_main, peak_memory, resolve_precision
 from common.errors import UserError
 from common.files import file_digest, make_folder, read_json, write_json, write_npz, write_text
 from common.keys import ROOT, code_hash, differences, stage_inputs, stage_keys
+from common.locks import holder, lock
 from common.recipe import STAGES, Recipe, to_json
 
 SCHEMA = 1
+PATIENCE = 5.0  # seconds in which a killed process ends, and with it the hold on its folder
 PACKAGES = (
     "torch",
     "torchvision",
@@ -77,7 +78,7 @@ class Run:
     recipe: Recipe
     keys: dict[str, str]
     facts: dict[str, Any]
-    lock: IO | None = None
+    lock: BaseFileLock | None = None  # held as long as the run is
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -218,9 +219,9 @@ def open_run(
         protocol=protocol,
     )
     keys = stage_keys(inputs)
-    lock = None
+    held = None
     if is_main():
-        lock = _prepare(folder, keys["train"], inputs["train"], restart)
+        held = _prepare(folder, keys["train"], inputs["train"], restart)
         write_json(folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs})
         write_json(folder / "provenance.json", {**provenance(task), **_command()})
     barrier()  # or another process would find what --restart is about to remove
@@ -231,18 +232,18 @@ def open_run(
             "fingerprint": backbone.fingerprint,
             "report": backbone.report,
         }
-    run = Run(folder, identity, recipe, keys, facts, lock)
-    if lock:
-        weakref.finalize(run, lock.close)
-    return run
+    return Run(folder, identity, recipe, keys, facts, held)
 
 
-def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> IO:
-    """Make the folder this process's own; it is until the file that this returns is closed."""
+def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> BaseFileLock:
+    """Make the folder this process's own; it is as long as the lock that this returns is held."""
     make_folder(folder)
-    lock = (folder / ".lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = lock(folder / ".lock", PATIENCE)
+    except Timeout:
+        line = f"{folder}: another process is at work there{holder(folder / '.lock')}"
+        raise UserError(f"{line}; wait for it, or choose another --out") from None
+    try:
         if restart and (folder / "recipe.json").exists():
             _clear(folder)
         for leftover in folder.glob(".*.tmp"):  # half a file of a killed process
@@ -255,21 +256,18 @@ def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> I
                     f"{folder}: holds a run with {changed}; choose another --out (or --name, for another "
                     "backbone), or --restart to replace it"
                 )
-    except BaseException as error:
-        lock.close()
-        if isinstance(error, BlockingIOError):
-            line = f"{folder}: another process is at work there; wait for it, or choose another --out"
-            raise UserError(line) from None
+    except BaseException:
+        held.release()
         raise
-    return lock
+    return held
 
 
 def _clear(folder: Path) -> None:
-    """Remove all but the lock."""
+    """Remove all but the lock and what stands in for it."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        elif not path.name.startswith(".lock"):
             path.unlink()
 
 
@@ -297,7 +295,12 @@ def _command() -> dict[str, Any]:
 def _git(*args: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20, check=False
+            ["git", "-C", str(ROOT), *args],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

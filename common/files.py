@@ -41,8 +41,9 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """Write `text` as UTF-8, atomically; what UTF-8 cannot hold (half a surrogate pair, a byte of a file's name) is
+    escaped as Python and JSON escape it."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path | str, value: Any) -> None:

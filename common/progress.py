@@ -36,5 +36,6 @@ def progress(
     else:
         kw.setdefault("mininterval", float(os.environ.get("BACKBENCH_BAR_SECONDS", "10")))
         kw.setdefault("file", _Lines(sys.stderr))
-    silent = int(os.environ.get("RANK", "0")) != 0 or os.environ.get("BACKBENCH_QUIET") == "1"
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    silent = (several and os.environ.get("RANK", "0") != "0") or os.environ.get("BACKBENCH_QUIET") == "1"
     return tqdm(items, desc=desc, total=total, initial=initial, disable=silent, dynamic_ncols=True, **kw)

@@ -76,7 +76,7 @@ def test_a_cell_is_finished_only_with_cell_json(tmp_path):
 
 
 def opened_again(run, out, **changes):
-    run.lock.close()  # as the end of the first process would
+    run.lock.release()  # as the end of the first process would
     return opened(out, **changes)
 
 
@@ -120,7 +120,8 @@ def test_another_training_in_the_folder_is_refused_and_named(tmp_path):
     assert not fresh.finished and not fresh.done("predict")
 
 
-def test_two_processes_cannot_share_a_folder(tmp_path):
+def test_two_processes_cannot_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.cell.PATIENCE", 0)
     run = opened(tmp_path)
     complete(run)
     (run.folder / ".weights.pt.123.tmp").touch()

@@ -37,6 +37,31 @@ def test_slow_libraries_stand_behind_a_fence():
     assert len([p for p in FILES if "pycocoevalcap" in imported(p)]) <= 1
 
 
+def test_text_is_utf8_whatever_the_locale():
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        if not re.search(r"\bopen\(|(read|write)_text\(|text=|newlines=", source):
+            continue
+        for call in ast.walk(ast.parse(source)):
+            if isinstance(call, ast.Call) and reads_or_writes_text(call):
+                assert "encoding" in {k.arg for k in call.keywords}, f"{path}:{call.lineno}: no encoding="
+
+
+def reads_or_writes_text(call: ast.Call) -> bool:
+    """Whether a call opens a file or a pipe as text, by its name and its mode."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    if name in ("read_text", "write_text"):
+        return isinstance(call.func, ast.Attribute)
+    if name in ("run", "Popen", "check_output") and owner == "subprocess":
+        return any(k.arg in ("text", "universal_newlines") for k in call.keywords)
+    if name != "open" or owner in ("gzip", "Image", "os", "tarfile", "zipfile"):
+        return False
+    place = call.args[isinstance(call.func, ast.Name) :]
+    modes = [*place[:1], *(k.value for k in call.keywords if k.arg == "mode")]
+    return all(isinstance(mode, ast.Constant) and "b" not in str(mode.value) for mode in modes)
+
+
 def test_no_file_holds_a_path_of_one_machine():
     for path in FILES:
         assert not re.search(r"[\"'](/home|/root|/Users|/tmp)/", path.read_text(encoding="utf-8")), path

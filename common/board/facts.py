@@ -182,9 +182,9 @@ def recipe_files(room: str) -> list[Path]:
 
 
 def child_env(**more: str) -> dict[str, str]:
-    """The environment in which a cell's process finds this project."""
+    """The environment in which a cell's process finds this project, and writes UTF-8."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, **more}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **more}
 
 
 def _read_recipes(asked: list) -> list[dict[str, Any]]:
@@ -193,7 +193,8 @@ def _read_recipes(asked: list) -> list[dict[str, Any]]:
         input=json.dumps(asked),
         env=child_env(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode:

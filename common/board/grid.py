@@ -124,7 +124,14 @@ def visible_gpus() -> tuple[str, ...]:
         names = [name.strip() for name in chosen.split(",")]
         return tuple(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return listed_gpus(listed.stdout)

@@ -61,11 +61,20 @@ def check_java() -> str:
     """Whether METEOR can be computed; without Java it will read n/a, nothing else is lost."""
     script = "from captioning.java import find_java; print(find_java())"
     found = subprocess.run(
-        [sys.executable, "-c", script], env=child_env(), capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env=child_env(),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if found.returncode == 0:
         version = subprocess.run(
-            [found.stdout.strip(), "-version"], capture_output=True, text=True, check=False
+            [found.stdout.strip(), "-version"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
         if version.returncode == 0:
             return f"Java: {(version.stderr.splitlines() or ['found'])[0]}"
@@ -78,7 +87,7 @@ def estimates(jobs: list[Job], found: Iterable[Status]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {}
     for status in found:
         if status.state in ("done", "stale"):
-            cost = json.loads((status.job.folder / "cell.json").read_text())["cost"]
+            cost = json.loads((status.job.folder / "cell.json").read_text(encoding="utf-8"))["cost"]
             spent = sum(cost.get(f"{stage}_s", 0.0) for stage in ("train", "predict", "score"))
             seconds.setdefault(status.job.kind, []).append(spent)
     kinds = {job.kind for job in jobs}
@@ -112,13 +121,15 @@ def _short(job: Job, scratch: Path) -> tuple[dict[str, Any], float] | None:
     path = next(scratch.rglob("cell.json"), None)
     if path is None:
         return None
-    lines = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (path.parent / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     timed = [(line["iteration"], line["seconds"]) for line in lines if "seconds" in line]
     (first, before), (last, after) = (
         timed[len(timed) // 2 - 1],
         timed[-1],
     )  # the first iterations start things up
-    return json.loads(path.read_text())["cost"], (after - before) / max(1, last - first)
+    return json.loads(path.read_text(encoding="utf-8"))["cost"], (after - before) / max(1, last - first)
 
 
 def _whole(job: Job, cost: dict[str, Any], rate: float, facts: Facts) -> float:

@@ -125,7 +125,7 @@ def _cell(folder: Path) -> dict[str, Any] | None:
 def locked_inodes() -> set[int]:
     """The files on which a process of this machine holds a lock (Linux; elsewhere none are known)."""
     try:
-        lines = Path("/proc/locks").read_text().splitlines()
+        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
     except OSError:
         return set()
     return {
@@ -155,7 +155,12 @@ def slurm_queue() -> dict[str, str]:
     """SLURM's job id → state, of everything queued or running; raises UserError when squeue does not answer."""
     try:
         asked = subprocess.run(
-            ["squeue", "-h", "-r", "-o", "%i %T"], capture_output=True, text=True, timeout=60, check=True
+            ["squeue", "-h", "-r", "-o", "%i %T"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"squeue does not answer ({error}); is SLURM there?") from None

@@ -1,10 +1,8 @@
 """The cache folder: results that depend on files alone, kept under a key made of those files' state."""
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import digest, read_json, write_atomic, write_json
+from common.locks import locked
 
 
 def cache_folder(*parts: str) -> Path:
@@ -51,7 +50,7 @@ def files_state(paths: Sequence[Path]) -> str:
     sha = sha256()
     for path in paths:
         stat = file_stat(path)
-        sha.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        sha.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return sha.hexdigest()[:32]
 
 
@@ -66,17 +65,6 @@ def remember(what: str, paths: Sequence[Path], compute: Callable[[], Any]) -> An
     value = compute()
     write_json(path, value)
     return value
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file beside `path`: of several processes one computes, the others wait and find it done.
-
-    The system frees the lock when its holder dies.
-    """
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def need_space(folder: Path, size: int) -> None:
@@ -95,8 +83,10 @@ def cached_array(kind: str, key: str, write: Callable[[BinaryIO], Any]) -> np.nd
     Of several processes one computes. Raises UserError when it cannot be written.
     """
     target = cache_folder(kind) / f"{key}.npy"
+    if target.exists():
+        return np.load(target, mmap_mode="r")
     with locked(target):
-        if not target.exists():
+        if not target.exists():  # another process may have written it meanwhile
             for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed run
                 leftover.unlink()
             try:

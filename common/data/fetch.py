@@ -15,10 +15,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from common.data.cache import locked
 from common.data.verify import file_md5, verify
 from common.errors import UserError, is_disk_full
 from common.files import make_folder, write_text
+from common.locks import locked
 from common.progress import progress
 
 CHUNK = 1 << 20
@@ -146,7 +146,7 @@ def _marker(archive: Path) -> Path:
 
 def _unpacked(archive: Path, md5: str) -> bool:
     marker = _marker(archive)
-    return marker.exists() and marker.read_text().split()[:1] == [md5]
+    return marker.exists() and marker.read_text(encoding="utf-8").split()[:1] == [md5]
 
 
 def _need_space(root: Path, wanted: list[tuple[str, Path, str]]) -> None:

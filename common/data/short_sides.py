@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from common.data.cache import cache_folder, cached_array, files_state, locked, need_space
+from common.data.cache import cache_folder, cached_array, files_state, need_space
 from common.data.decode import read_headers, read_rgb, resize, short_size
 from common.errors import UserError, is_disk_full
 from common.files import digest, read_json, write_json
+from common.locks import locked
 from common.progress import progress
 
 BLOCK = 1024  # images between two syncs: what a kill can cost

@@ -375,7 +375,7 @@ def _synsets() -> list[str]:
     """ILSVRC2012's 1000 class folders, from timm's tables where timm is installed."""
     found = importlib.util.find_spec("timm")
     table = Path(found.origin).parent / "data" / "_info" / "imagenet_synsets.txt" if found else None
-    return table.read_text().split() if table and table.is_file() else []
+    return table.read_text(encoding="utf-8-sig").split() if table and table.is_file() else []
 
 
 def _is_wnid(name: str) -> bool:

@@ -1,7 +1,5 @@
 """Where and in which arithmetic a run computes; which process of how many this is."""
 
-import datetime
-import os
 import platform
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from common.engine.torchrun import join, launch
 from common.errors import UserError
 from common.recipe import Recipe
 
@@ -18,14 +17,16 @@ from common.recipe import Recipe
 def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`, or a GPU when there is one; under torchrun joins the process group (nccl or gloo).
 
-    Raises UserError when the named device is not there.
+    Raises UserError when the named device is not there, and for what a launcher left in the environment.
     """
+    launched = launch()
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
     if device.type == "cuda":
-        index, count = int(os.environ.get("LOCAL_RANK", device.index or 0)), torch.cuda.device_count()
+        index, count = device.index or 0, torch.cuda.device_count()
+        index = index if launched.local is None else launched.local
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise UserError(f"--device {name}: not on this machine ({count} GPUs)")
         if index >= count:
@@ -34,13 +35,8 @@ def pick_device(name: str | None = None) -> torch.device:
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        gpu = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            timeout=datetime.timedelta(hours=2),  # process 0 evaluates while the others wait
-            device_id=device if gpu else None,  # or a barrier guesses which GPU is this process's
-        )
+    if launched.world > 1 and not dist.is_initialized():
+        join(launched, device)
     return device
 
 
@@ -123,7 +119,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "processes": world()}
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     name = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
         platform.processor(),

@@ -4,9 +4,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.data.cache import cache_folder, locked
+from common.data.cache import cache_folder
 from common.errors import UserError
 from common.files import make_folder, read_json, write_json
+from common.locks import locked
 from common.progress import progress
 
 VERSION = 3  # raise whenever a pixel, a box or a sentence changes

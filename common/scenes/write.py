@@ -113,7 +113,7 @@ def _write_imagenet(root: Path, counts: dict[str, int], seed: int, draw: Draw) -
             return (path, *(f"{x / side:.6g}" for x in seen.box))
 
         rows += draw(one, counts[split])
-    with (root.parent / "imagenet_boxes.csv").open("w", newline="") as file:
+    with (root.parent / "imagenet_boxes.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([("path", "x0", "y0", "x1", "y1"), *rows])
 
 
@@ -144,14 +144,16 @@ def _write_voc(root: Path, counts: dict[str, int], seed: int, draw: Draw) -> Non
                 scene, picture, seen = voc_scene(seed, f"voc_{stream}", index, counts["pixels"])
                 _save(folder / "JPEGImages" / f"{names[index]}.jpg", picture)
                 (folder / "Annotations" / f"{names[index]}.xml").write_text(
-                    _voc_xml(names[index], folder.name, scene, seen)
+                    _voc_xml(names[index], folder.name, scene, seen), encoding="utf-8"
                 )
 
             list(draw(one, len(names)))
             lists[split] = names
         lists["train"], lists["val"] = lists["trainval"][::2], lists["trainval"][1::2]
         for split, names in lists.items():
-            (folder / "ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+            (folder / "ImageSets/Main" / f"{split}.txt").write_text(
+                "".join(f"{name}\n" for name in names), encoding="utf-8"
+            )
 
 
 def _voc_xml(name: str, folder: str, scene: Scene, seen: list[Seen]) -> str:
@@ -200,7 +202,7 @@ def _write_captions(root: Path, counts: dict[str, int], seed: int, draw: Draw) -
                 for k, text in enumerate(five)
             ],
         }
-        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+        (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(content), encoding="utf-8")
         first += len(ids)
 
 
@@ -229,4 +231,6 @@ def _write_cub(root: Path, counts: dict[str, int], seed: int, draw: Draw) -> Non
         "bounding_boxes.txt": [box for _, _, _, box in rows],
     }
     for name, values in columns.items():
-        (root / name).write_text("".join(f"{number} {value}\n" for number, value in enumerate(values, 1)))
+        (root / name).write_text(
+            "".join(f"{number} {value}\n" for number, value in enumerate(values, 1)), encoding="utf-8"
+        )
