@@ -10,7 +10,8 @@ from common.files import digest
 from common.recipe import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
-# 1 where a task names none; 2: COCO's AP beside VOC's; 3: chance by other images' detections
+# 1 where a task names none; 2: COCO's AP beside VOC's; 3: chance by other images' detections,
+# objects as published
 PROTOCOLS = {"detection": {"score": 3}}
 
 

@@ -266,6 +266,25 @@ def test_sizes_and_rotation(world):
     ]
 
 
+def test_boxes_for_another_size_of_the_image(world):
+    """Refused, or scaled when asked, truth and areas too; a turned image is scaled in the frame of its boxes."""
+    file = instances(world, "train", [thing(5, 3, [2, 4, 20, 10], area=50), thing(6, 3, [0, 0, 60, 80])])
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image |= {"width": 60, "height": 80}
+    file.write_text(json.dumps(content))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(world / "train2017" / "train5.jpg", exif=exif)
+    with pytest.raises(UserError, match=r"train5.jpg: is 30 × 40, and .* for 60 × 80; .*rescale=1.*2 of 2"):
+        open_detection(f"coco:{world}")
+    train, _ = open_detection(f"coco:{world},rescale=1")
+    assert train.sizes.tolist() == [[30, 40]] * 2
+    assert [b.tolist() for b in train.boxes] == [[[1, 2, 11, 7]], [[0, 0, 30, 40]]]
+    assert train.truth[0].boxes.tolist() == [[1, 2, 11, 7]] and train.truth[0].areas.tolist() == [12.5]
+    assert train.problems == []
+
+
 FINE = thing(5, 3, [1, 1, 5, 5])
 
 
@@ -327,11 +346,13 @@ def test_instances_equal_pycocotools(world):
 def test_frames():
     """The frame of boxes for every EXIF orientation and every size that a file may state."""
     for orientation in range(1, 9):
-        for said, frame, rule in (
-            ([40, 30], [40, 30], None),
-            ([30, 40], [30, 40] if orientation >= 5 else [40, 30], "wrong size in the XML"),
-            ([41, 30], [40, 30], "wrong size in the XML"),
-            (None, [40, 30], "XML without <size>"),
+        for said, frame in (
+            ([40, 30], [40, 30]),
+            ([30, 40], [30, 40] if orientation >= 5 else [40, 30]),
+            ([60, 80], [30, 40] if orientation >= 5 else [40, 30]),
+            ([80, 60], [40, 30]),
+            ([41, 30], [40, 30]),
+            (None, [40, 30]),
         ):
             report = Report()
             found = frames(np.array([[40, 30, orientation]]), [said], ["a.xml"], report, "XML")
@@ -340,7 +361,7 @@ def test_frames():
             turned = frame == [30, 40]
             assert ("read turned" in lines) == turned
             assert ("EXIF rotation not applied" in lines) == (orientation > 1 and not turned)
-            assert rule is None or turned or rule in lines
+            assert ("XML without <size>" in lines) == (said is None)
     report = Report()  # a square image shows no side: the stored pixels are taken, which is said
     assert frames(np.array([[30, 30, 6]]), [[30, 30]], ["a"], report, "JSON").tolist() == [[30, 30]]
     assert "EXIF rotation not applied" in report.lines()[0]

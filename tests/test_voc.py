@@ -103,7 +103,7 @@ def test_voc_box_rules(tmp_path):
         "1 × box with xmin > xmax or ymin > ymax: dropped (first: a.xml object 4)",
         "1 × box with no area (xmin = xmax or ymin = ymax): dropped (first: a.xml object 5)",
         "1 × box wholly outside its image: dropped (first: a.xml object 3)",
-        "1 × box with xmin or ymin 0, where VOC counts from 1: clipped (first: a.xml object 1)",
+        "1 × box with xmin or ymin below 1, from which VOC counts: clipped (first: a.xml object 1)",
         "1 × box reaches outside its image: clipped (first: a.xml object 2)",
     ]
 
@@ -129,24 +129,58 @@ def test_truth_is_as_published(tmp_path):
     assert test.take([1]).truth[0].boxes.tolist() == known.boxes.tolist()
     held_out = train.take([0, 0]).split(0.5)[1]  # --val-share scores a part of the training images
     assert held_out.report[-1] == test.report[-1]
-    # a set that no rule touches keeps its fingerprint, and so its cells
-    fine, _ = open_detection(f"voc:{root}")
-    assert fine.to_score().fingerprint != fine.fingerprint
-    assert fine.take([1]).to_score().fingerprint == fine.take([1]).fingerprint
+    assert train.fingerprint == train.to_score().fingerprint  # the data are the same, however they are scored
 
 
 def test_voc_image_size_rules(tmp_path):
-    root = one_folder(tmp_path, xml([("cell", (1, 1, 30, 10), 0)], size=(40, 10)))
+    root = one_folder(tmp_path, xml([("cell", (1, 1, 30, 10), 0)], size=(25, 10)))
     (root / "Annotations" / "b.xml").write_text(xml([], size=None))
     train, _ = open_detection(f"voc:{root}")
     assert train.sizes.tolist() == [[20, 10], [20, 10]] and train.boxes[0].tolist() == [[0, 0, 20, 10]]
     assert train.boxes[1].shape == (0, 4) and train.labels[1].shape == (0,)
     assert train.report == [
-        "1 × wrong size in the XML: the image's own taken (first: a.xml, 40 × 10 for 20 × 10)",
         "1 × XML without <size>: the image's own taken (first: b.xml)",
+        "1 × wrong size in the XML: the image's own taken (first: a.xml, 25 × 10 for 20 × 10)",
         "1 × box reaches outside its image: clipped (first: a.xml object 1)",
         "1 × image without objects: kept, all background (first: b.xml)",
     ]
+    assert train.problems == train.report[1:2]
+
+
+@pytest.mark.parametrize(
+    "said, corners, share",
+    [
+        ((40, 20), (3, 1, 20, 10), [1, 0, 10, 5]),  # one ratio on both sides: refused whatever the boxes are
+        ((60, 10), (31, 1, 60, 10), [10, 0, 20, 10]),  # squeezed: the box fits the XML's size alone
+    ],
+)
+def test_boxes_for_another_size_of_the_image(tmp_path, said, corners, share):
+    root = one_folder(tmp_path, xml([("cell", corners, 0)], size=said))
+    message = (f"a.jpg: is 20 × 10, and a.xml has boxes for {said[0]} × {said[1]}; if", "rescale=1", "1 of 2")
+    fails(lambda: open_detection(f"voc:{root}"), *message)
+    train, test = open_detection(f"voc:{root},rescale=1")
+    assert train.boxes[0].tolist() == [share] == train.truth[0].boxes.tolist()
+    assert train.boxes[1].tolist() == [[0, 0, 20, 10]] and test.report == train.problems == []
+    assert train.report == [
+        "1 × boxes for another size in the XML: rescaled to the image's "
+        f"(first: a.xml, {said[0]} × {said[1]} for 20 × 10)"
+    ]
+    fails(lambda: open_detection(f"voc:{root},rescale=yes"), "rescale=yes", "1 or 0")
+
+
+def test_sizes_that_are_no_other_scale(tmp_path):
+    """Off by a pixel, sides changed about, or no box to be wrong: said, and read as the image is."""
+    root = one_folder(tmp_path)
+    for said, problem in (((21, 9), False), ((10, 20), True), ((0, 0), False)):
+        (root / "Annotations" / "a.xml").write_text(xml([("cell", (1, 1, 9, 10), 0)], size=said))
+        for spec in (f"voc:{root}", f"voc:{root},rescale=1"):
+            train, _ = open_detection(spec)
+            assert train.boxes[0].tolist() == [[0, 0, 9, 10]] and len(train.report) == 1
+            assert bool(train.problems) == problem
+    (root / "Annotations" / "a.xml").write_text(xml([("cell", (1, 1, 9, 15), 0)], size=(10, 20)))
+    fails(lambda: open_detection(f"voc:{root}"), "boxes for 10 × 20; turn the image, or correct the size")
+    (root / "Annotations" / "a.xml").write_text(xml([], size=(40, 20)))
+    assert len(open_detection(f"voc:{root}")[0].report) == 2
 
 
 @pytest.mark.parametrize(
@@ -190,6 +224,24 @@ def test_voc_bad_layouts(tmp_path):
     fails(lambda: open_detection(f"voc:{root}"), "no annotation holds an object")
 
 
+def test_voc_names_with_spaces_and_folders(tmp_path):
+    root = one_folder(tmp_path)
+    names = ["my cat 1", "my cat", "part/d", "part/deep e"]
+    for name, ending in zip(names, ("jpg", "png", "PNG", "tif")):
+        picture(root / "JPEGImages" / f"{name}.{ending}")
+        (root / "Annotations" / f"{name}.xml").parent.mkdir(exist_ok=True)
+        (root / "Annotations" / f"{name}.xml").write_text(FINE)
+    (root / "ImageSets" / "Main" / "test.txt").write_text("my cat 1\nmy cat  -1\npart/d\t1\npart/deep e\n")
+    test = open_detection(f"voc:{root}")[1]
+    assert test.ids == names and [path.suffix for path in test.paths] == [".jpg", ".png", ".PNG", ".tif"]
+    picture(root / "JPEGImages" / "my cat.jpg")
+    assert open_detection(f"voc:{root}")[1].report == [
+        "1 × image in several files: the first taken (first: my cat.jpg)"
+    ]
+    (root / "ImageSets" / "Main" / "test.txt").write_text("my dog\n")  # no image of its first word
+    fails(lambda: open_detection(f"voc:{root}"), "1 of 1 images", "my dog.jpg")
+
+
 def test_voc_skips_bad_images_with_their_boxes(tmp_path):
     root = one_folder(tmp_path)
     (root / "JPEGImages" / "a.jpg").write_bytes(b"")
@@ -199,7 +251,7 @@ def test_voc_skips_bad_images_with_their_boxes(tmp_path):
     assert train.skipped == ["a"] and train.report[-1].startswith("1 × unreadable image: left out")
 
 
-@pytest.mark.parametrize("said, frame", [((20, 10), [20, 10]), ((10, 20), [10, 20]), ((50, 50), [20, 10])])
+@pytest.mark.parametrize("said, frame", [((20, 10), [20, 10]), ((10, 20), [10, 20]), ((18, 15), [20, 10])])
 def test_detection_reads_rotated_images_as_their_boxes_were_drawn(tmp_path, said, frame):
     root = one_folder(tmp_path, xml([("cell", (1, 1, 5, 20), 0)], size=said))
     exif = Image.Exif()

@@ -1,6 +1,6 @@
 """Detection sets from JSON in COCO's instance format, beside a folder of images."""
 
-import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ LAYOUT = (
     "train2017/, val2017/ (or one images/) and annotations/instances_train2017.json, instances_val2017.json"
 )
 SUFFIXES = ("2017", "2014", "")
+NEGATIVE, EMPTY = "negative width or height", "no area (width or height 0)"
 
 
 @dataclass
@@ -52,7 +53,8 @@ def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     `images=` is one folder for both, `train_images=` and `val_images=` are one each; below a DIR files are found
     by COCO's names. Classes: the categories of both files in the order of their ids, whatever gaps these have, or
     `classes=a+b`. Boxes are taken as they are: x, y, x + width, y + height, continuous, from 0. Crowd regions
-    (iscrowd) are left out of training and difficult in the test set. Segmentations are not read.
+    (iscrowd) are left out of training and difficult in the test set. Segmentations are not read. Boxes for another size
+    of the image, as the file says it, are refused; `rescale=1` scales them to the image.
     Raises UserError for everything it cannot read.
     """
     root = need_folder(spec.path, LAYOUT) if spec.path else None
@@ -68,7 +70,7 @@ def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
         default = default.parent
     name = short_name(spec.options.get("name", default.name))
     train, test = (
-        _build(name, *part, category_of, given, training=k == 0)
+        _build(name, *part, category_of, given, training=k == 0, rescale=spec.switch("rescale"))
         for k, part in enumerate(zip(parts, folders, reports))
     )
     return note_of_both(train, test)
@@ -95,7 +97,7 @@ def read_instances(file: Path, report: Report) -> Instances:
         index[key] = number
         names.append(json_field(image, "file_name", str, where))
         size = [image.get("width"), image.get("height")]
-        sizes.append(size if all(isinstance(side, int | float) for side in size) else None)
+        sizes.append(size if all(map(_is_number, size)) else None)
     rows = []
     for number, item in enumerate(annotations):
         where = f"{file}: annotations[{number}]"
@@ -114,7 +116,7 @@ def read_instances(file: Path, report: Report) -> Instances:
             continue
         area = item.get("area", w * h)
         crowd = item.get("iscrowd", 0)
-        if crowd not in (0, 1) or not isinstance(area, int | float) or not math.isfinite(area):
+        if crowd not in (0, 1) or not _is_number(area):
             raise UserError(f"{where}: iscrowd is {crowd!r}, area {area!r}; expected 0 or 1, and a number")
         rows.append((index[owner], category, x, y, w, h, area, crowd, number))
     values = np.array(rows, np.float64).reshape(-1, 9)
@@ -137,11 +139,15 @@ def _categories(listed: list[Any], file: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
 def _numbers(box: Any, where: str) -> list[float]:
-    fine = isinstance(box, list) and len(box) == 4
-    if not fine or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box
-    ):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise UserError(
             f"{where}: bbox is {str(box)[:60]}; expected [x, y, width, height], four finite numbers"
         )
@@ -178,6 +184,7 @@ def _build(
     category_of: dict[str, int],
     given: bool,
     training: bool,
+    rescale: bool,
 ) -> DetectionSet:
     def note(rule: str, fired: np.ndarray) -> None:
         if fired.any():
@@ -198,8 +205,8 @@ def _build(
     width, height = read.box[known, 2:].T
     negative = (width < 0) | (height < 0)
     bad = {
-        "negative width or height": negative,
-        "no area (width or height 0)": ((width == 0) | (height == 0)) & ~negative,
+        NEGATIVE: negative,
+        EMPTY: ((width == 0) | (height == 0)) & ~negative,
     }
     objects = Objects(
         read.image[known],
@@ -208,6 +215,7 @@ def _build(
         read.crowd[known],
         [f"{read.file.name} annotations[{number}]" for number in read.number[known].tolist()],
         bad,
+        wrong=(NEGATIVE, EMPTY),
         left_out=read.crowd[known] if training else None,
         area=read.area[known],
     )
@@ -217,8 +225,9 @@ def _build(
         form="JSON",
         listed=read.file,
         annotations=[read.file],
-        settings=["coco", classes],
+        settings=["coco", classes, *(["rescaled"] if rescale else [])],
         report=report,
+        rescale=rescale,
     )
     made = replace(made, categories=list(category_of.values()))
     return made if training else made.to_score()

@@ -8,8 +8,8 @@ from common.errors import UserError
 OPTIONS = {
     "scenes": ("size", "seed", "name"),
     "folder": ("train", "val", "boxes", "boxes_split", "exclude_boxed", "name"),
-    "voc": ("year", "train", "test", "classes", "name"),
-    "coco": ("year", "images", "train_images", "val_images", "train", "val", "classes", "name"),
+    "voc": ("year", "train", "test", "classes", "rescale", "name"),
+    "coco": ("year", "images", "train_images", "val_images", "train", "val", "classes", "rescale", "name"),
     "captions": (
         *("images", "train_images", "val_images", "test_images", "train", "val", "test"),
         *("year", "karpathy", "name"),
@@ -41,6 +41,13 @@ class DataSpec:
     kind: str
     path: str | None = None
     options: dict[str, str] = field(default_factory=dict)
+
+    def switch(self, key: str) -> bool:
+        """An option that is 1 (on) or 0 (off, as without it). UserError for another value."""
+        value = self.options.get(key, "0")
+        if value not in ("0", "1"):
+            raise UserError(f"--data {self}: {key}={value}; it is 1 or 0")
+        return value == "1"
 
     def __str__(self) -> str:
         parts = ([self.path] if self.path else []) + [f"{key}={value}" for key, value in self.options.items()]

@@ -1,4 +1,8 @@
-"""The three kinds of data set every task works on: plain arrays and paths; pixels only where a set comes as arrays."""
+"""The three kinds of data set every task works on: plain arrays and paths; pixels only where a set comes as arrays.
+
+`report` says which rules for flawed data fired and how often; `problems` are those lines of it that make a score mean
+something else, `skipped` the images left out.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -103,6 +107,7 @@ class ImageSet(_Indexed):
     skipped: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     pixels: np.ndarray | None = None
+    problems: list[str] = field(default_factory=list)
 
     @property
     def boxed(self) -> np.ndarray:
@@ -159,15 +164,15 @@ class DetectionSet(_Indexed):
     problems: list[str] = field(default_factory=list)
     categories: list[int] | None = None
     truth: list[Truth] | None = None
+    problems: list[str] = field(default_factory=list)
 
     def to_score(self) -> Self:
-        """The set as one that is scored: where `truth` is not `boxes`, report and fingerprint say so."""
+        """The set as one that is scored: the report says of how many objects `truth` is not `boxes`."""
         repaired = sum(int(known.repaired.sum()) for known in self.truth or [])
         if not repaired:
             return self
         line = f"{repaired} × object that these rules clip or drop: scored as published"
-        key = digest(self.fingerprint, "scored as published")
-        return replace(self, report=[*self.report, line], fingerprint=key)
+        return replace(self, report=[*self.report, line])
 
     def split(self, share: float, among: np.ndarray | None = None) -> tuple[Self, Self]:
         """As of every set; the part held out is one `to_score`."""

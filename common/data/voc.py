@@ -1,6 +1,8 @@
 """Detection sets in PASCAL VOC's layout: one year, several years, or any folder of that shape."""
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,7 +11,7 @@ import numpy as np
 
 from common.data.cache import remember
 from common.data.decode import read_headers, threaded
-from common.data.layout import EXTENSIONS, Report, found, need_folder, need_present, read_lines, short_name
+from common.data.layout import Report, files_below, found, need_folder, need_present, read_lines, short_name
 from common.data.objects import Objects, finished_set
 from common.data.overlap import note_of_both
 from common.data.spec import DataSpec
@@ -25,10 +27,12 @@ VOC_CLASSES = [
 # fmt: on
 LAYOUT = "VOC2007/ or VOC2012/, or JPEGImages/, Annotations/ and ImageSets/Main/"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+SWAPPED = "xmin > xmax or ymin > ymax"
+FLAGGED = re.compile(r"(.*\S)\s+(?:-1|0|1)")  # a name, which may hold spaces, in the list of one class
 
 
 def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
-    """Read `voc:DIR[,year=2007+2012][,train=trainval][,test=test][,classes=a+b]` as (train, test).
+    """Read `voc:DIR[,year=2007+2012][,train=trainval][,test=test][,classes=a+b][,rescale=1]` as (train, test).
 
     DIR is a VOCdevkit with years, or one folder of that shape. With VOC2007 and VOC2012 and no `year`, the
     07+12 protocol: both years' trainval train, VOC2007's test alone tests (Faster R-CNN, SSD). Classes: `classes=`,
@@ -36,7 +40,9 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
 
     Boxes: VOC's corners are 1-based and inclusive, so x0 = xmin − 1, y0 = ymin − 1, x1 = xmax, y1 = ymax is
     the half-open box in continuous pixels. Boxes that reach outside are clipped, boxes wholly outside
-    or without area (xmin ≥ xmax) dropped; both are in the report. Raises UserError for everything it cannot read.
+    or without area (xmin ≥ xmax) dropped, for training and drawing: all are in `truth`, what was done is in the report.
+    Boxes for another size of the image, as its XML says it, are refused; `rescale=1` scales them to the image.
+    Raises UserError for everything it cannot read.
     """
     years = _years(spec)
     train_split, test_split = spec.options.get("train", "trainval"), spec.options.get("test", "test")
@@ -49,8 +55,8 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     if given and (len(set(given)) < len(given) or "" in given):
         raise UserError(f"--data {spec}: classes= has an empty or a doubled name")
     classes = given or _discover([train_raw, test_raw])
-    name = short_name(spec.options.get("name") or _default_name(years))
-    train, test = (_build(name, raw, classes, given) for raw in (train_raw, test_raw))
+    name, rescale = short_name(spec.options.get("name") or _default_name(years)), spec.switch("rescale")
+    train, test = (_build(name, raw, classes, given, rescale) for raw in (train_raw, test_raw))
     test = test.to_score()
     return note_of_both(train, test)
 
@@ -112,12 +118,12 @@ def _read_split(years: list[Path], split: str) -> _Raw:
     ids, images, annotations, lists = [], [], [], []
     for year in years:
         listed = year / "ImageSets" / "Main" / f"{split}.txt"
-        names = _split_names(year, listed, split, report)
-        by_stem = {}
-        for entry in sorted((year / "JPEGImages").iterdir()):
-            if entry.suffix.lower() in EXTENSIONS:
-                by_stem.setdefault(entry.stem, entry)
-        files = [by_stem.get(name, year / "JPEGImages" / f"{name}.jpg") for name in names]
+        by_name = _image_files(year / "JPEGImages")
+        names = _split_names(year, listed, split, by_name, report)
+        files = [by_name.get(name, [year / "JPEGImages" / f"{name}.jpg"])[0] for name in names]
+        for name in names:
+            if len(by_name.get(name, ())) > 1:
+                report.note("image in several files: the first taken", by_name[name][0].name)
         xmls = [year / "Annotations" / f"{name}.xml" for name in names]
         need_present(listed, "images", files)
         need_present(listed, "annotations", xmls)
@@ -130,7 +136,15 @@ def _read_split(years: list[Path], split: str) -> _Raw:
     return _Raw(ids, images, annotations, records, read_headers(images), lists, report)
 
 
-def _split_names(year: Path, listed: Path, split: str, report: Report) -> list[str]:
+def _image_files(folder: Path) -> dict[str, list[Path]]:
+    """Image files by the name that split files call them, below `folder` and without ending: `a`, `part/b`."""
+    files: dict[str, list[Path]] = {}
+    for path in files_below(folder, folder, Report()):
+        files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    return files
+
+
+def _split_names(year: Path, listed: Path, split: str, files: Collection[str], report: Report) -> list[str]:
     if not listed.is_file():
         there = sorted(path.stem for path in listed.parent.glob("*.txt") if "_" not in path.stem)
         raise UserError(
@@ -141,7 +155,8 @@ def _split_names(year: Path, listed: Path, split: str, report: Report) -> list[s
     for number, line in enumerate(read_lines(listed), 1):
         if not line:
             continue
-        name = line.split()[0]
+        flagged = FLAGGED.fullmatch(line) if line not in files else None
+        name = flagged[1] if flagged else line
         if name in names:
             report.note("image listed twice: taken once", f"{listed.name} line {number}")
         names[name] = None
@@ -202,7 +217,7 @@ def _discover(splits: list[_Raw]) -> list[str]:
     return list(VOC_CLASSES) if names <= set(VOC_CLASSES) else sorted(names)
 
 
-def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) -> DetectionSet:
+def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None, rescale: bool) -> DetectionSet:
     index = {label: i for i, label in enumerate(classes)}
     owner, where, corners, labels, difficult = [], [], [], [], []
     for i, record in enumerate(raw.records):
@@ -224,7 +239,7 @@ def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) ->
     low, high = corner[:, :2], corner[:, 2:]
     swapped = (low > high).any(1)
     bad = {
-        "xmin > xmax or ymin > ymax": swapped,
+        SWAPPED: swapped,
         "no area (xmin = xmax or ymin = ymax)": (low == high).any(1) & ~swapped,
     }
     objects = Objects(
@@ -234,6 +249,7 @@ def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) ->
         np.array(difficult, bool),
         where,
         bad,
+        wrong=(SWAPPED,),
     )
     return finished_set(
         *(
@@ -249,7 +265,8 @@ def _build(name: str, raw: _Raw, classes: list[str], given: list[str] | None) ->
         form="XML",
         listed=raw.lists[0],
         annotations=[*raw.lists, *raw.annotations],
-        settings=["voc", classes],
+        settings=["voc", classes, *(["rescaled"] if rescale else [])],
         report=raw.report,
+        rescale=rescale,
         slack=1.0,
     )
