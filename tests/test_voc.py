@@ -124,7 +124,7 @@ def test_truth_is_as_published(tmp_path):
     assert known.repaired.tolist() == [True, True, True, True, False, True]
     assert known.difficult.tolist() == [False] * 4 + [True, False] and known.labels.tolist() == [0] * 6
     assert len(test.boxes[1]) == 3 == len(train.boxes[0])
-    assert test.report[-1] == "5 × object that these rules clip or drop: scored as published"
+    assert test.report[-1] == "5 × object that rules for boxes clip or drop: scored as published"
     assert not any("published" in line for line in train.report)
     assert test.take([1]).truth[0].boxes.tolist() == known.boxes.tolist()
     held_out = train.take([0, 0]).split(0.5)[1]  # --val-share scores a part of the training images

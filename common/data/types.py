@@ -1,8 +1,4 @@
-"""The three kinds of data set every task works on: plain arrays and paths; pixels only where a set comes as arrays.
-
-`report` says which rules for flawed data fired and how often; `problems` are those lines of it that make a score mean
-something else, `skipped` the images left out.
-"""
+"""The three kinds of data set every task works on: plain arrays and paths; pixels only where a set comes as arrays."""
 
 import hashlib
 from collections.abc import Sequence
@@ -107,7 +103,6 @@ class ImageSet(_Indexed):
     skipped: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     pixels: np.ndarray | None = None
-    problems: list[str] = field(default_factory=list)
 
     @property
     def boxed(self) -> np.ndarray:
@@ -164,14 +159,13 @@ class DetectionSet(_Indexed):
     problems: list[str] = field(default_factory=list)
     categories: list[int] | None = None
     truth: list[Truth] | None = None
-    problems: list[str] = field(default_factory=list)
 
     def to_score(self) -> Self:
         """The set as one that is scored: the report says of how many objects `truth` is not `boxes`."""
         repaired = sum(int(known.repaired.sum()) for known in self.truth or [])
         if not repaired:
             return self
-        line = f"{repaired} × object that these rules clip or drop: scored as published"
+        line = f"{repaired} × object that rules for boxes clip or drop: scored as published"
         return replace(self, report=[*self.report, line])
 
     def split(self, share: float, among: np.ndarray | None = None) -> tuple[Self, Self]:
