@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -119,7 +118,7 @@ def _read_split(years: list[Path], split: str) -> _Raw:
     for year in years:
         listed = year / "ImageSets" / "Main" / f"{split}.txt"
         by_name = _image_files(year / "JPEGImages")
-        names = _split_names(year, listed, split, by_name, report)
+        names = _split_names(year, listed, split, report)
         files = [by_name.get(name, [year / "JPEGImages" / f"{name}.jpg"])[0] for name in names]
         for name in names:
             if len(by_name.get(name, ())) > 1:
@@ -144,7 +143,7 @@ def _image_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _split_names(year: Path, listed: Path, split: str, files: Collection[str], report: Report) -> list[str]:
+def _split_names(year: Path, listed: Path, split: str, report: Report) -> list[str]:
     if not listed.is_file():
         there = sorted(path.stem for path in listed.parent.glob("*.txt") if "_" not in path.stem)
         raise UserError(
@@ -155,8 +154,8 @@ def _split_names(year: Path, listed: Path, split: str, files: Collection[str], r
     for number, line in enumerate(read_lines(listed), 1):
         if not line:
             continue
-        flagged = FLAGGED.fullmatch(line) if line not in files else None
-        name = flagged[1] if flagged else line
+        flagged = FLAGGED.fullmatch(line)
+        name = flagged[1] if flagged and not (year / "Annotations" / f"{line}.xml").exists() else line
         if name in names:
             report.note("image listed twice: taken once", f"{listed.name} line {number}")
         names[name] = None
