@@ -5,7 +5,7 @@ file that is given to this module can run code. Anything short of a full match o
 prefix that silently trains a random backbone is the complaint the field knows best.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import check_body, cifar_line, find_resnet, read_checkpoint, recognise, tensors_of
+from common.checkpoint import read_checkpoint, tensors_of
+from common.declared import contradiction, declared_input
 from common.errors import UserError
-from common.files import digest, write_atomic
+from common.files import digest, file_and_choice, write_atomic
+from common.find_resnet import check_body, cifar_line, find_resnet, recognise
 from common.trunk import ARCHS, Classifier, Trunk
 
 FORMAT = "backbench-backbone-1"
@@ -57,46 +59,59 @@ def load_backbone(
     std: Sequence[float] | None = None,
     stride_in_1x1: bool = False,
     bgr: bool = False,
+    weights: str | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Backbone:
-    """Load `FILE`, `torchvision:NAME`, `timm:NAME` or `scratch[:ARCH]` (random weights drawn from `seed`).
+    """Load `FILE[#WEIGHTS]`, `torchvision:NAME`, `timm:NAME` or `scratch[:ARCH]` (random weights drawn from `seed`).
 
-    `arch` is only needed by `scratch`; files are recognised by their keys and shapes, and a contradiction is refused.
+    `arch` is needed by `scratch`; files are recognised by their keys and shapes, and a contradiction is refused, be it
+    with `arch` or with what the file says of itself; `arch` overrides the latter. `weights` says which of several
+    networks in a file is taken (ema, raw, student, teacher … or a key prefix), `leave_out` which modules beside the
+    body may be left out though they are no known head.
     `mean` and `std` (of RGB/255) override what the file says, `stride_in_1x1` puts a bottleneck's stride there, `bgr`
     is for weights that were trained on BGR; all four are part of the fingerprint. Raises UserError for anything but a
     full, finite, trained body.
     """
     kind, _, rest = spec.partition(":")
     if kind == "scratch":
+        if weights:
+            raise UserError(f"{spec}: random weights are one network; drop --weights")
         return _scratch(rest or arch or "resnet50", spec, name, seed, mean, std, stride_in_1x1, bgr)
-    model = None
+    model, content = None, {}
     if kind in ("torchvision", "timm") and rest:
         model, facts = _from_library(kind, rest)
         tensors = model.state_dict()
     else:
         rest = ""
-        tensors, facts = _from_file(Path(spec).expanduser())
+        path, choice = file_and_choice(spec)
+        weights = weights or choice
+        tensors, facts, content = _from_file(Path(path).expanduser())
     if facts.get("arch") and facts["arch"] not in ARCHS:
         raise UserError(cifar_line(spec, facts["arch"]))
-    body, head, notes = find_resnet(tensors, spec)
+    network = find_resnet(tensors, spec, weights, tuple(leave_out))
+    body, notes = network.body, network.notes
     found = recognise(body, spec)
     for declared in (facts.get("arch"), arch):
         if declared and declared != found:
             raise UserError(
                 f"{spec}: its weights are a {found}, not a {declared}; drop --arch or give the right file"
             )
+    notes += _believe(content, found, arch, spec)
     stride_in_1x1 = stride_in_1x1 or bool(facts.get("stride_in_1x1"))  # an export says it of itself
     trunk = _trunk(found, stride_in_1x1, spec)
     wanted = trunk.state_dict()
     check_body(wanted, body, found, spec)
-    trunk.load_state_dict({**{k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}, **body})
+    trunk.load_state_dict({k: body[k].reshape(v.shape) if k in body else v for k, v in wanted.items()})
     if model is not None:
         _check_features(model, trunk, spec)
     if bgr:
         trunk.conv1.weight.data = trunk.conv1.weight.data.flip(1)
         notes.append("BGR weights: the first layer's input channels are reversed, to read RGB")
-    label = facts.get("method") or (f"{kind}-{rest}" if rest else Path(spec).name.split(".")[0])
+    label = facts.get("method") or (f"{kind}-{rest}" if rest else Path(path).name.split(".")[0])
+    label += f"-{network.choice}" if network.choice else ""
     seed_of_file = facts.get("seed")
     mean, std, said = _normalisation(facts, mean, std)
+    _check_normaliser(network.normaliser, mean, std, spec)
     return Backbone(
         trunk=trunk,
         arch=found,
@@ -112,7 +127,7 @@ def load_backbone(
         stride_in_1x1=stride_in_1x1,
         bgr=bgr,
         report=notes + said + (["stride in the 1×1 convolutions"] if stride_in_1x1 else []),
-        head=head,
+        head=network.head,
         facts=facts,
     )
 
@@ -221,7 +236,31 @@ def _trunk(arch: str, stride_in_1x1: bool, spec: str) -> Trunk:
     return trunk
 
 
-def _from_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _believe(content: Mapping[str, Any], found: str, arch: str | None, spec: str) -> list[str]:
+    """What to say where a file contradicts that it is a plain `found`. Raises UserError unless `arch` overrides it."""
+    says = contradiction(content, found)
+    if says and not arch:
+        raise UserError(
+            f"{spec}: its weights have the names and shapes of a {found}, but it says of itself that {says}; if it is "
+            f"a plain {found} all the same, say --arch {found}"
+        )
+    return [f"read as a plain {found} as asked for, though the file says that {says}"] if says else []
+
+
+def _check_normaliser(
+    own: dict[str, list[float]], mean: Sequence[float], std: Sequence[float], spec: str
+) -> None:
+    """Raise UserError where the network normalises its input itself, otherwise than it will be done here."""
+    for what, given in (("mean", mean), ("std", std)):
+        values = own.get(what, list(given))
+        values = [v / 255 for v in values] if max(values) > 2 else values
+        if any(abs(a - b) > 1e-3 for a, b in zip(values, given)):
+            flag = f"--input-{what} {','.join(f'{v:.6g}' for v in values)}"
+            raise UserError(f"{spec}: its network takes {what} {own[what]} of its input itself; say {flag}")
+
+
+def _from_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """(tensors, facts, the whole content where it is a stranger's file)."""
     content = read_checkpoint(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, a dict of tensors was expected")
@@ -231,10 +270,8 @@ def _from_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise UserError(
                 f"{path}: format {facts['format']!r} is unknown here ({FORMAT} is read): update backbench"
             )
-    else:
-        facts = {}
-    inner = content.get("state_dict")
-    return tensors_of(inner if isinstance(inner, dict) else content), facts
+        return tensors_of(content["state_dict"]), facts, {}
+    return tensors_of(content), declared_input(content), content
 
 
 def _from_library(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:

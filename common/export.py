@@ -28,7 +28,7 @@ def export(spec: str, to: str, out: Path, **reading: Any) -> list[str]:
     """
     if spec.partition(":")[0] == "scratch":
         raise UserError(f"{spec}: random weights are not worth exporting; give a checkpoint")
-    model, facts = _load(spec, reading)
+    model, facts, report = _load(spec, reading)
     if facts["stride_in_1x1"] and to in ("torchvision", "timm"):
         raise UserError(
             f"{spec}: {to}'s {facts['arch']} strides in the 3×3 convolution; "
@@ -45,11 +45,14 @@ def export(spec: str, to: str, out: Path, **reading: Any) -> list[str]:
     write = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}[to]
     lines = write(model, facts, out)
     mean, std = (", ".join(f"{v:.4g}" for v in facts[k]) for k in ("mean", "std"))
-    return [*lines, f"its input: RGB/255, less {mean}, over {std}, {facts['size']} px"]
+    return [
+        *lines,
+        f"its input: RGB/255, less {mean}, over {std}, {facts['size']} px; taken: {'; '.join(report)}",
+    ]
 
 
-def _load(spec: str, reading: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """(model in eval mode, facts): a Classifier, or the Trunk alone, then with num_classes 0."""
+def _load(spec: str, reading: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """(model in eval mode, facts, report): a Classifier, or the Trunk alone, then with num_classes 0."""
     backbone = load_backbone(spec, **reading)
     if backbone.head:
         model, facts = load_classifier(spec, **reading)
@@ -57,9 +60,8 @@ def _load(spec: str, reading: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]
         model, facts = backbone.trunk, {"arch": backbone.arch, "num_classes": 0, "method": backbone.method}
         facts |= {"mean": list(backbone.mean), "std": list(backbone.std), "size": backbone.input_size}
         facts["stride_in_1x1"] = backbone.stride_in_1x1
-    return model.eval(), {
-        k: v for k, v in facts.items() if isinstance(v, PLAIN) and k not in ("format", "report")
-    }
+    facts = {k: v for k, v in facts.items() if isinstance(v, PLAIN) and k not in ("format", "report")}
+    return model.eval(), facts, backbone.report
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

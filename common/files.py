@@ -13,6 +13,14 @@ import numpy as np
 from common.errors import UserError, is_disk_full
 
 
+def file_and_choice(spec: str) -> tuple[str, str | None]:
+    """`FILE#WEIGHTS` → (FILE, WEIGHTS), see `--weights`; (spec, None) for any other, or where a file is called so."""
+    file, mark, choice = spec.rpartition("#")
+    return (
+        (file, choice) if mark and file and choice and not Path(spec).expanduser().exists() else (spec, None)
+    )
+
+
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
     """Call `write(file)` on a temporary sibling of `path`, sync it and rename it to `path`.
 

@@ -39,7 +39,6 @@ def transfer_parser(doc: str, recipes: Mapping[str, Recipe], data_help: str) -> 
         help="a checkpoint (a file of pretrain/run.py, torchvision, timm, the official CutMix code …), "
         "torchvision:NAME, timm:NAME, or scratch:ARCH for random weights",
     )
-    made.add_argument("--arch", help="architecture of `--backbone scratch`; a file says its own")
     reading_arguments(made)
     made.add_argument(
         "--name", help="the backbone's name in results (default: the file's method, or its name)"
@@ -66,7 +65,22 @@ def transfer_parser(doc: str, recipes: Mapping[str, Recipe], data_help: str) -> 
 
 
 def reading_arguments(made: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how a checkpoint's weights read their input; see `reading`."""
+    """Add the arguments that say what of a checkpoint is taken and how its weights read their input; see `reading`."""
+    made.add_argument(
+        "--arch",
+        help="architecture of `--backbone scratch`; for a file: take it for this plain one, whatever it says of itself",
+    )
+    made.add_argument(
+        "--weights",
+        metavar="WHICH",
+        help="of a file with several networks: ema, raw (no average), student, teacher, query, key, online, target, "
+        "momentum, or the prefix of its keys; also FILE#WHICH",
+    )
+    made.add_argument(
+        "--leave-out",
+        metavar="MODULE,…",
+        help="modules beside the body that follow it and may be left out, though they are no known head",
+    )
     made.add_argument(
         "--input-mean",
         metavar="R,G,B",
@@ -88,6 +102,9 @@ def reading_arguments(made: argparse.ArgumentParser) -> None:
 def reading(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `load_backbone` and `load_classifier` that `reading_arguments` read."""
     return {
+        "arch": args.arch,
+        "weights": args.weights,
+        "leave_out": tuple(filter(None, (args.leave_out or "").split(","))),
         "mean": _three(args.input_mean, "--input-mean"),
         "std": _three(args.input_std, "--input-std"),
         "bgr": args.bgr,
@@ -122,7 +139,7 @@ def open_transfer(
     train_set, test_set = reader(data_or_world(args), args.limit or None, args.skip_bad)
     if args.val_share:
         train_set, test_set = hold_out(train_set, args.val_share)
-    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed, **reading(args))
+    backbone = load_backbone(args.backbone, name=args.name, seed=args.seed, **reading(args))
     backbone.group = args.group or backbone.group
     if args.swept:
         settings = [s for s in settings if s.partition("=")[0] != args.swept.partition("=")[0]]
@@ -154,6 +171,8 @@ def open_transfer(
     elif is_main():
         for note in run.notes:
             print(f"note: {note}")
+        for line in backbone.report:
+            print(f"backbone: {line}")
         if not backbone.scratch:
             _check_adoption(run, backbone, train_set, device)
     return Transfer(run, backbone, train_set, test_set, device)

@@ -35,7 +35,7 @@ from common.crops import test_images
 from common.data import open_classification
 from common.engine import is_main, pick_device
 from common.errors import UserError, run_main
-from common.files import digest, write_npz
+from common.files import digest, file_and_choice, write_npz
 from common.recipe import label, override
 from common.transfer import data_or_world, reading, reading_arguments
 from pretrain.networks import NETWORKS, load_network
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     for line in facts.get("report", []):
         run.note(line)
     if is_main():
+        for line in facts.get("report", []):
+            print(f"backbone: {line}")
         with run.stage("predict", files=["predictions.npz"]):
             images = test_images(test_set, recipe)
             logits = predict_logits(model, images, recipe, device, recipe.mean, recipe.std)
@@ -133,7 +135,7 @@ def arguments():
 
 def load(spec: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """A classifier and its facts: any ResNet of the field, or a CIFAR network of this project."""
-    path = Path(spec).expanduser()
+    path = Path(file_and_choice(spec)[0]).expanduser()
     if path.is_file():
         content = read_checkpoint(path)
         if isinstance(content, dict) and content.get("arch") in NETWORKS and "format" in content:

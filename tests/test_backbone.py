@@ -177,7 +177,7 @@ FAMILIES = {  # what the field's code saves
     "DataParallel": lambda s: {"state_dict": put("module.")(s), "epoch": 3},
     "MoCo": lambda s: {
         "epoch": 200,
-        "arch": "resnet50",
+        "arch": "resnet18_half",
         "state_dict": second(put("module.encoder_q.")(s), "encoder_q", "encoder_k")
         | {"module.queue": torch.ones(2)},
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.03}]},
@@ -191,9 +191,10 @@ FAMILIES = {  # what the field's code saves
     "SwAV": lambda s: put("module.")(s) | {"module.prototypes.weight": torch.ones(3, 2)},
     "Barlow Twins": lambda s: {"epoch": 1, "model": put("module.backbone.")(s) | head},
     "DINO": lambda s: {
-        "student": {k: v + 1 for k, v in put("module.backbone.")(s).items()} | head,
+        "student": {k: v + 1 for k, v in put("module.backbone.")(s).items()}
+        | {"module.head.last_layer.weight_v": torch.ones(3, 3)},
         "teacher": put("backbone.")(s),
-        "args": Namespace(arch="resnet50", lr=0.3),
+        "args": Namespace(arch="resnet18_half", lr=0.3),
     },
     "BYOL": lambda s: second(put("online_encoder.net.")(s), "online", "target"),
     "lightly": lambda s: {"state_dict": numbered(s, "backbone.") | head},
@@ -232,7 +233,7 @@ def test_the_report_names_what_was_taken_and_left(tmp_path):
     torch.save(FAMILIES["MoCo"](trained().torchvision_state()), tmp_path / "x.pth")
     report = load_backbone(str(tmp_path / "x.pth")).report
     assert "key prefix 'module.encoder_q.' removed" in report
-    assert "took 'module.encoder_q.', not 'module.encoder_k.'" in report
+    assert "took 'module.encoder_q.', not 'module.encoder_k.': MoCo's authors evaluate it" in report
     assert "left out 3 keys that are no body: fc.bias, fc.weight, module.queue" in report
 
 

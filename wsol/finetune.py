@@ -112,7 +112,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def own_method(args: argparse.Namespace) -> str:
     """The method that the backbone was pretrained with; baseline for random weights."""
-    backbone = load_backbone(args.backbone, arch=args.arch, name=args.name, seed=args.seed, **reading(args))
+    backbone = load_backbone(args.backbone, name=args.name, seed=args.seed, **reading(args))
     if backbone.scratch:
         return "baseline"
     try:

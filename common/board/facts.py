@@ -19,10 +19,11 @@ from common.data.cache import cache_folder
 from common.data.layout import EXTENSIONS
 from common.data.spec import parse_data
 from common.errors import UserError
-from common.files import digest, read_json, write_json
+from common.files import digest, file_and_choice, read_json, write_json
 from common.keys import ROOT, code_files, code_hash
 
 LIBRARIES = ("torchvision", "timm", "scratch")
+LOADING = ("backbone", "checkpoint", "declared", "files", "find_resnet", "network_choice", "trunk")
 
 READ_RECIPES = """
 import importlib, json, sys
@@ -83,7 +84,7 @@ class Facts:
     @functools.cached_property
     def loading(self) -> str:
         """The state of the code that reads checkpoints."""
-        return _state(ROOT / "common" / f"{name}.py" for name in ("backbone", "checkpoint", "trunk"))
+        return _state(ROOT / "common" / f"{name}.py" for name in LOADING)
 
     def data(self, room: str, spec: str, limit: int = 0, val_share: float = 0.0) -> dict[str, Any]:
         """name, and fingerprint and number of images of the training and the test part, read and checked.
@@ -172,7 +173,7 @@ class Facts:
 
 def backbone_file(spec: str) -> Path | None:
     """The file a backbone spec names, or None: a library's model, random weights."""
-    return None if spec.partition(":")[0] in LIBRARIES else Path(spec).expanduser()
+    return None if spec.partition(":")[0] in LIBRARIES else Path(file_and_choice(spec)[0]).expanduser()
 
 
 def recipe_files(room: str) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 from common.board.facts import Facts, backbone_file
 from common.board.tasks import TASKS
 from common.errors import UserError
+from common.files import file_and_choice
 from common.keys import stage_inputs
 
 ROOMS = ("detection", "captioning", "wsol", "classification")
@@ -276,7 +277,12 @@ def name_group(group: str, specs: Sequence[str], facts: Facts) -> list[Backbone]
     Several files are pretraining seeds: told apart by the seeds they state, else by their order. Raises UserError
     when two of them are the same weights or state the same seed.
     """
-    specs = [str(file.absolute()) if (file := backbone_file(spec)) else spec for spec in specs]
+    specs = [
+        str(file.absolute()) + spec[len(file_and_choice(spec)[0]) :]
+        if (file := backbone_file(spec))
+        else spec
+        for spec in specs
+    ]
     found = [facts.backbone(spec) for spec in specs]
     seen: dict[Any, str] = {}
     for spec, fact in zip(specs, found) if len(specs) > 1 else ():
