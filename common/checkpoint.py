@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -80,11 +81,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def tensors_of(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dicts under dotted names."""
+    """The tensors of nested dicts under dotted names; of lists those that are averages of weights, by number."""
     found = {}
     for key, value in content.items():
         if isinstance(value, Tensor) and isinstance(key, str):
             found[prefix + key] = value
         elif isinstance(value, dict) and isinstance(key, str):
             found |= tensors_of(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple) and re.search("ema|shadow|averag", f"{prefix}{key}"):
+            found |= {f"{prefix}{key}.{i}": v for i, v in enumerate(value) if isinstance(v, Tensor)}
     return found

@@ -163,6 +163,9 @@ def test_averages_whose_names_lost_their_dots_are_asked_about(state, tmp_path):
     line = refusal({**state, **averages}, tmp_path)
     assert "averaged weights under names that cannot be read (ema_conv1_weight …)" in line
     assert load({**state, **averages}, tmp_path, weights="raw").fingerprint == fingerprint(state)
+    shadow = {"model": state, "ema": {"decay": 0.99, "shadow_params": list(state.values())}}  # torch_ema
+    assert "cannot be read (ema.shadow_params.0 …); say --weights model" in refusal(shadow, tmp_path)
+    assert load(shadow, tmp_path, weights="raw").fingerprint == fingerprint(state)
 
 
 def test_one_network_or_none_to_choose(state, tmp_path, capsys):
