@@ -73,7 +73,7 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, a JSON file was expected") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 

@@ -153,11 +153,9 @@ def read_annotations(file: Path) -> Annotations:
     """
     report = Report()
     read = read_instances(file, report)
-    place = {category: c for c, category in enumerate(read.categories)}
-    label = np.array([place[category] for category in read.category.tolist()], np.int64)
     box = np.hstack([read.box[:, :2], read.box[:, :2] + read.box[:, 2:]])
     order = np.argsort(np.array(read.ids), kind="stable")
-    truth = Boxes(np.argsort(order)[read.image], label, box, difficult=read.crowd, area=read.area)
+    truth = Boxes(np.argsort(order)[read.image], read.label, box, difficult=read.crowd, area=read.area)
     ids = [read.ids[k] for k in order.tolist()]
     return Annotations(ids, list(read.categories.values()), truth, list(read.categories), report.lines())
 

@@ -77,6 +77,47 @@ def test_bad_karpathy_splits(karpathy):
         open_captions(f"captions:{folder},karpathy=dataset_coco.json")
 
 
+def test_half_a_surrogate_pair(karpathy, tmp_path):
+    """Half an emoji (`\\ud83d` in JSON) fits into no file: U+FFFD stands for it, from the first reading on."""
+    from common.data import open_captions
+
+    folder, images, write = karpathy
+    images[0]["sentences"][0]["raw"] = "A cat \ud83d sits \U0001f600."
+    train, _ = open_captions(write())
+    assert train.captions[0][0] == "A cat \ufffd sits \U0001f600."
+    first = f"{folder / 'dataset_coco.json'}: images[0] sentence"
+    assert train.report == [f"1 × caption with half a surrogate pair: U+FFFD in its place (first: {first})"]
+    content = {
+        "images": [{"id": 1, "file_name": "train2014/0.png"}],
+        "annotations": [
+            {"image_id": 1.0, "caption": "\udc00\ud83d"},
+            {"image_id": 1, "caption": "a cat", "id": []},
+        ],
+    }
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    train, _ = open_captions(f"captions:images={folder},train={tmp_path}/a.json,val={tmp_path}/b.json")
+    assert train.ids == [1] and train.captions == [["\ufffd\ufffd", "a cat"]]
+    assert "1 × caption with half a surrogate pair" in train.report[0]
+    images[0]["filename"] = "\ud83d.png"
+    with pytest.raises(UserError, match=r"images\[0\]: 'filename' is '.ud83d.png', with half a surrogate"):
+        open_captions(write())
+
+
+def test_image_ids_of_any_size(karpathy):
+    from common.data import open_captions
+
+    _, images, write = karpathy
+    for image, key in zip(images, (2**53, 2**53 + 1, 2**63, 2**70, 2**70 + 1, 15.0)):
+        image["cocoid"] = key
+    train, test = open_captions(write())
+    assert train.ids == [2**53, 2**53 + 1, 15] and test.ids == [2**70, 2**70 + 1]
+    assert {type(key) for key in train.ids} == {int}
+    images[0]["cocoid"] = True
+    with pytest.raises(UserError, match=r"images\[0\]: 'cocoid' is True; expected an integer"):
+        open_captions(write())
+
+
 def test_coco_of_two_years(tmp_path):
     from PIL import Image
 

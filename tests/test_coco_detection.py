@@ -285,6 +285,44 @@ def test_boxes_for_another_size_of_the_image(world):
     assert train.problems == []
 
 
+def test_ids_of_any_size(world):
+    """Ids that a float64 or an int64 cannot hold are ids like any other."""
+    big = {90: 2**53 + 1, 3: 2**53, 7: 2**70 + 1, 5: 2**63 + 1, 6: -(2**64)}
+    for part in ("train", "val"):
+        file = world / "annotations" / f"instances_{part}2017.json"
+        content = json.loads(file.read_text())
+        for item in [*content["images"], *content["categories"]]:
+            item["id"] = big[item["id"]]
+        for item in content["annotations"]:
+            item |= {"image_id": big[item["image_id"]], "category_id": big[item["category_id"]]}
+        file.write_text(json.dumps(content))
+    train, test = open_detection(f"coco:{world}")
+    assert train.classes == ["car", "brush", "bus"] and train.categories == [2**53, 2**53 + 1, 2**70 + 1]
+    assert train.ids == test.ids == [2**63 + 1, -(2**64)]
+    assert {type(key) for key in [*train.ids, *train.categories]} == {int}
+    assert [c.tolist() for c in train.labels] == [[1], [0]] and [c.tolist() for c in test.labels] == [
+        [0],
+        [2],
+    ]
+    assert train.report == [] and read_instances(file, Report()).label.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_root_category_of_the_same_name(world, used):
+    """Some exporters add category 0, named as the set is, perhaps as a class is: no annotation has it."""
+    root = [{"id": 0, "name": "bus", "supercategory": "none"}, *CATEGORIES]
+    for part in ("train", "val"):
+        instances(world, part, [thing(5, 7 if used else 3, [0, 0, 9, 9])], categories=root)
+    train, test = open_detection(f"coco:{world}")
+    assert train.categories == test.categories == [3, 7, 90] and train.classes == ["car", "bus", "brush"]
+    assert train.labels[0].tolist() == [1 if used else 0]
+    line = "1 × category 'bus' without annotations, beside one of that name: left out (first: id 0)"
+    assert line in train.report and line in test.report
+    instances(world, "val", [thing(5, 7, [0, 0, 9, 9]), thing(5, 0, [0, 0, 9, 9])], categories=root)
+    with pytest.raises(UserError, match=r"categories 0 and 7 are both 'bus', and both have annotations"):
+        open_detection(f"coco:{world}")
+
+
 FINE = thing(5, 3, [1, 1, 5, 5])
 
 
@@ -301,7 +339,23 @@ FINE = thing(5, 3, [1, 1, 5, 5])
         ([thing(5, 3, [1, 1, 5])], {}, r"annotations\[0\]: bbox is \[1, 1, 5\]; expected"),
         ([thing(5, 3, [1, 1, 5, float("nan")])], {}, "four finite numbers"),
         ([thing(5, 3, None)], {}, "bbox is None"),
-        ([thing("5", 3, [1, 1, 5, 5])], {}, "'image_id' is '5'; expected an integer"),
+        ([thing(5, 3, [1, 1, 5, float("inf")])], {}, "four finite numbers"),
+        ([thing(5, 3, [1, 1, 5, 10**400])], {}, "four finite numbers"),
+        ([thing(5, 3, [1, 1, True, 5])], {}, "four finite numbers"),
+        ([thing(5, 3, [1, 1, "5", 5])], {}, "four finite numbers"),
+        ([thing(5, 3, [1, 1, 5, 5], area=float("nan"))], {}, "area nan; expected 0 or 1, and a number"),
+        ([thing(5, 3, [1, 1, 5, 5], area=10**400)], {}, "area 1000.*; expected 0 or 1, and a number"),
+        ([thing(True, 3, [1, 1, 5, 5])], {}, "'image_id' is True; expected an integer"),
+        ([thing(5, [3], [1, 1, 5, 5])], {}, r"'category_id' is \[3\]; expected an integer"),
+        ([thing(5.5, 3, [1, 1, 5, 5])], {}, "'image_id' is 5.5; expected an integer"),
+        ([thing(2.0**53, 3, [1, 1, 5, 5])], {}, "'image_id' is 9007199254740992.0; expected an integer"),
+        (
+            [FINE],
+            {"images": [{"id": 5, "file_name": "a\ud83d.jpg"}]},
+            r"'a.ud83d.jpg', with half a surrogate",
+        ),
+        ([FINE], {"categories": [{"id": 3, "name": "\udc00"}]}, r"'name' is '.udc00', with half a surrogate"),
+        ([thing("5", 3, [1, 1, 5, 5])], {}, "'image_id' is '5'; expected an integer, without quotes"),
         ([["a"]], {}, r"annotations\[0\]: 'image_id' is missing, found list"),
         ([thing(5, 3, [1, 1, 5, 5], iscrowd=2)], {}, "iscrowd is 2"),
         ([thing(5, 3, [1, 1, 0, 5])], {}, "no usable object"),
@@ -315,6 +369,13 @@ FINE = thing(5, 3, [1, 1, 5, 5])
 def test_bad_instances(world, annotations, more, message):
     instances(world, "train", annotations, **more)
     with pytest.raises(UserError, match=message):
+        open_detection(f"coco:{world}")
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 100_000, '{"images": [', "\xff"])
+def test_bad_json(world, text):
+    (world / "annotations" / "instances_train2017.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"instances_train2017.json: not valid JSON"):
         open_detection(f"coco:{world}")
 
 

@@ -5,7 +5,16 @@ from typing import Any
 
 from common.data.coco_layout import PLAIN_NAMES, CocoLayout
 from common.data.fingerprint import fingerprint
-from common.data.layout import Report, json_lists, need_folder, need_present, short_name
+from common.data.layout import (
+    Report,
+    json_field,
+    json_id,
+    json_lists,
+    need_folder,
+    need_present,
+    short_name,
+    whole_text,
+)
 from common.data.overlap import note_of_both
 from common.data.spec import DataSpec
 from common.data.types import CaptionSet
@@ -71,8 +80,8 @@ def _image_names(images: list[Any], file: Path) -> dict[int, str]:
     doubled = []
     for number, image in enumerate(images):
         where = f"{file}: images[{number}]"
-        key = _field(image, "id", int, where)
-        file_name = _field(image, "file_name", str, where)
+        key = json_field(image, "id", int, where)
+        file_name = json_field(image, "file_name", str, where)
         if key in names:
             doubled.append(f"{where}: image id {key} is doubled ({names[key]} and {file_name})")
         names.setdefault(key, file_name)
@@ -88,10 +97,10 @@ def _sentences(
     seen: set[int] = set()
     for number, annotation in enumerate(annotations):
         where = f"{file}: annotations[{number}]"
-        owner = _field(annotation, "image_id", int, where)
-        sentence = " ".join(_field(annotation, "caption", str, where).split())
+        owner = json_field(annotation, "image_id", int, where)
+        sentence = _sentence(annotation, "caption", where, report)
         place = f"{file.name} annotations[{number}]"
-        key = annotation.get("id")
+        key = json_id(annotation.get("id"))
         if key is not None and key in seen:
             report.note("annotation id doubled: both kept", f"{place}, id {key}")
         seen.add(key)
@@ -101,18 +110,18 @@ def _sentences(
             report.note("empty caption: dropped", place)
         else:
             captions[owner].append(sentence)
-    if not any(captions.values()) and not {a["image_id"] for a in annotations} & set(names):
+    if not any(captions.values()) and not {json_id(a["image_id"]) for a in annotations} & set(names):
         raise UserError(f"{file}: all {len(annotations)} annotations are of images that are not listed there")
     return captions
 
 
-def _field(item: Any, key: str, kind: type, where: str) -> Any:
-    value = item.get(key) if isinstance(item, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        keys = f"keys {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
-        has = f"{value!r}" if value is not None else f"missing, found {keys}"
-        raise UserError(f"{where}: '{key}' is {has}; expected {'an integer' if kind is int else 'text'}")
-    return value
+def _sentence(item: Any, key: str, where: str, report: Report) -> str:
+    """The text `key` on one line, with U+FFFD for halves of surrogate pairs, which is noted."""
+    text = item.get(key) if isinstance(item, dict) else None
+    if isinstance(text, str) and whole_text(text) != text:
+        report.note("caption with half a surrogate pair: U+FFFD in its place", where)
+        item = {key: whole_text(text)}
+    return " ".join(json_field(item, key, str, where).split())
 
 
 def _read_karpathy(spec: DataSpec, root: Path | None) -> list[CaptionSet]:
@@ -153,17 +162,20 @@ def _karpathy_part(
     paths: dict[int, Path] = {}
     for number, image in enumerate(images):
         where = f"{file}: images[{number}]"
-        if _field(image, "split", str, where) not in splits:
+        if json_field(image, "split", str, where) not in splits:
             continue
-        key = _field(image, "cocoid" if "cocoid" in image else "imgid", int, where)
+        key = json_field(image, "cocoid" if "cocoid" in image else "imgid", int, where)
         if key in paths:
             raise UserError(f"{where}: image id {key} is doubled")
-        inside = Path(image.get("filepath", ""), _field(image, "filename", str, where))
+        inside = Path(
+            json_field({"filepath": "", **image}, "filepath", str, where),
+            json_field(image, "filename", str, where),
+        )
         paths[key] = folder / (inside if (folder / inside.parent).is_dir() else inside.name)
         sentences = image.get("sentences")
         if not isinstance(sentences, list):
             raise UserError(f"{where}: 'sentences' is no list; expected a Karpathy split file")
-        texts = [" ".join(_field(s, "raw", str, f"{where} sentence").split()) for s in sentences]
+        texts = [_sentence(s, "raw", f"{where} sentence", report) for s in sentences]
         captions[key] = [text for text in texts if text]
         if len(captions[key]) < len(texts):
             report.note("empty caption: dropped", where, len(texts) - len(captions[key]))

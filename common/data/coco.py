@@ -1,6 +1,7 @@
 """Detection sets from JSON in COCO's instance format, beside a folder of images."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from common.data.coco_layout import PLAIN_NAMES, CocoLayout
 from common.data.decode import read_headers
-from common.data.layout import Report, json_field, json_lists, need_folder, need_present, short_name
+from common.data.layout import Report, json_field, json_id, json_lists, need_folder, need_present, short_name
 from common.data.objects import Objects, finished_set
 from common.data.overlap import note_of_both
 from common.data.spec import DataSpec
@@ -29,9 +30,9 @@ class Instances:
     """One instance file as it is, before any rule, in the order of the file.
 
     `ids`, `names`, `sizes` (width and height, or None), one an image. `categories`: name by category id, in the
-    order of ids. Flat: `image` (k,) index, `category` (k,) id, `box` float64 (k, 4) x, y, width, height in continuous
-    pixels from 0, `area` float64 (k,) of the object (of the box where the file says none), `crowd` bool (k,),
-    `number` int (k,) place in the file's list.
+    order of ids; ids are whole numbers of any size. Flat: `image` int64 (k,) index, `label` int64 (k,) index into
+    `categories`, `box` float64 (k, 4) x, y, width, height in continuous pixels from 0, `area` float64 (k,) of the
+    object (of the box where the file says none), `crowd` bool (k,), `number` int64 (k,) place in the file's list.
     """
 
     file: Path
@@ -40,7 +41,7 @@ class Instances:
     sizes: list[list[float] | None]
     categories: dict[int, str]
     image: np.ndarray
-    category: np.ndarray
+    label: np.ndarray
     box: np.ndarray
     area: np.ndarray
     crowd: np.ndarray
@@ -79,14 +80,16 @@ def read_coco(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
 def read_instances(file: Path, report: Report) -> Instances:
     """Read one instance file; no image is touched.
 
-    An annotation of an unlisted image is dropped and noted. Raises UserError naming the entry for a doubled image id
-    or category, an unlisted category, and a box of other than four finite numbers.
+    An annotation of an unlisted image is dropped and noted, and so is a category of another's name that no annotation
+    has. Raises UserError naming the entry for a doubled image id or category, an unlisted category, and a box of other
+    than four finite numbers.
     """
     form = "COCO's instance format"
     images, annotations, listed = json_lists(
         read_json(file), ("images", "annotations", "categories"), file, form
     )
-    categories = _categories(listed, file)
+    categories = _categories(listed, annotations, file, report)
+    label_of = {category: label for label, category in enumerate(categories)}
     index: dict[int, int] = {}
     names, sizes = [], []
     for number, image in enumerate(images):
@@ -98,14 +101,14 @@ def read_instances(file: Path, report: Report) -> Instances:
         names.append(json_field(image, "file_name", str, where))
         size = [image.get("width"), image.get("height")]
         sizes.append(size if all(map(_is_number, size)) else None)
-    rows = []
+    rows, values = [], []
     for number, item in enumerate(annotations):
         where = f"{file}: annotations[{number}]"
         owner = json_field(item, "image_id", int, where)
         category = json_field(item, "category_id", int, where)
-        if category not in categories:
-            known = ", ".join(map(str, list(categories)[:8]))
-            more = " …" if len(categories) > 8 else ""
+        if category not in label_of:
+            known = ", ".join(map(str, list(label_of)[:8]))
+            more = " …" if len(label_of) > 8 else ""
             raise UserError(
                 f"{where}: category {category} is not in 'categories' (ids {known}{more}); add it there"
             )
@@ -117,26 +120,48 @@ def read_instances(file: Path, report: Report) -> Instances:
         area = item.get("area", w * h)
         crowd = item.get("iscrowd", 0)
         if crowd not in (0, 1) or not _is_number(area):
-            raise UserError(f"{where}: iscrowd is {crowd!r}, area {area!r}; expected 0 or 1, and a number")
-        rows.append((index[owner], category, x, y, w, h, area, crowd, number))
-    values = np.array(rows, np.float64).reshape(-1, 9)
-    image, category, crowd, number = values[:, [0, 1, 7, 8]].astype(np.int64).T
+            raise UserError(
+                f"{where}: iscrowd is {crowd!r:.20}, area {area!r:.20}; expected 0 or 1, and a number"
+            )
+        rows.append((index[owner], label_of[category], number))
+        values.append((x, y, w, h, area, crowd))
+    image, label, number = np.array(rows, np.int64).reshape(-1, 3).T
+    measured = np.array(values, np.float64).reshape(-1, 6)
     return Instances(
         *(file, list(index), names, sizes, categories),
-        *(image, category, values[:, 2:6], values[:, 6], crowd.astype(bool), number),
+        *(image, label, measured[:, :4], measured[:, 4], measured[:, 5].astype(bool), number),
     )
 
 
-def _categories(listed: list[Any], file: Path) -> dict[int, str]:
-    """Name by id, ordered by id."""
+def _categories(listed: list[Any], annotations: list[Any], file: Path, report: Report) -> dict[int, str]:
+    """Name by id, ordered by id. Of one name the annotated counts: some exporters add a root that no annotation has."""
     names: dict[int, str] = {}
     for number, item in enumerate(listed):
         where = f"{file}: categories[{number}]"
         key, name = json_field(item, "id", int, where), json_field(item, "name", str, where).strip()
-        if key in names or not name or name in names.values():
-            raise UserError(f"{where}: id {key}, name '{name}': an id or a name is doubled or empty")
+        if key in names or not name:
+            raise UserError(f"{where}: id {key}, name '{name}': the id is doubled or the name empty")
         names[key] = name
-    return dict(sorted(names.items()))
+    names = dict(sorted(names.items()))
+    used = {json_id(item.get("category_id")) for item in annotations if isinstance(item, dict)}
+    for name, count in Counter(names.values()).items():
+        if count == 1:
+            continue
+        same = [key for key in names if names[key] == name]
+        annotated = [key for key in same if key in used]
+        if len(annotated) > 1:
+            raise UserError(
+                f"{file}: categories {annotated[0]} and {annotated[1]} are both '{name}', and both have annotations; "
+                "rename one, or give both one id"
+            )
+        kept = (annotated or same)[-1]
+        for key in same:
+            if key != kept:
+                report.note(
+                    f"category '{name}' without annotations, beside one of that name: left out", f"id {key}"
+                )
+                del names[key]
+    return names
 
 
 def _is_number(value: Any) -> bool:
@@ -194,8 +219,9 @@ def _build(
     paths = [folder / each for each in read.names]
     need_present(read.file, "images", paths)
     classes = list(category_of)
-    label_of = {key: label for label, key in enumerate(category_of.values())}
-    known = np.isin(read.category, list(label_of))
+    place = {key: label for label, key in enumerate(category_of.values())}
+    label = np.array([place.get(key, -1) for key in read.categories], np.int64)[read.label]
+    known = label >= 0
     if given:
         note("object of a class that classes= leaves out: dropped", ~known)
     if training:
@@ -210,7 +236,7 @@ def _build(
     }
     objects = Objects(
         read.image[known],
-        np.array([label_of[key] for key in read.category[known].tolist()], np.int64),
+        label[known],
         np.hstack([read.box[known, :2], read.box[known, :2] + read.box[known, 2:]]),
         read.crowd[known],
         [f"{read.file.name} annotations[{number}]" for number in read.number[known].tolist()],

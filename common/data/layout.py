@@ -12,6 +12,7 @@ from common.data.cache import need_text
 from common.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+HALF = re.compile("[\ud800-\udfff]")
 # what systems keep beside files, in lower case: macOS, Windows, Synology, QNAP, ext4
 SYSTEM = {
     "__macosx",
@@ -211,12 +212,22 @@ def json_id(value: Any) -> int | str | None:
 
 
 def json_field(item: Any, key: str, kind: type, where: str) -> Any:
-    """The value `key` of a JSON object, of type `kind` (int or str). UserError when it is absent or of another."""
+    """The value `key` of a JSON object: of `kind` int an id, as a whole number of any size; of `kind` str text.
+
+    UserError when it is absent, of another type, or no text that a file can hold (half a surrogate pair).
+    """
     value = item.get(key) if isinstance(item, dict) else None
-    if kind is int and json_id(value) is not None:
-        value = json_id(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    found = json_id(value) if kind is int else value
+    if not isinstance(found, kind):
         keys = f"keys {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
-        held = f"{value!r}" if value is not None else f"missing, found {keys}"
-        raise UserError(f"{where}: '{key}' is {held}; expected {'an integer' if kind is int else 'text'}")
-    return value
+        held = repr(value) if value is not None else f"missing, found {keys}"
+        expected = "text" if kind is str else "an integer" + ", without quotes" * isinstance(value, str)
+        raise UserError(f"{where}: '{key}' is {held[:200]}; expected {expected}")
+    if kind is str and HALF.search(found):
+        raise UserError(f"{where}: '{key}' is {found[:100]!a}, with half a surrogate pair, which is no text")
+    return found
+
+
+def whole_text(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair (`"\\ud83d"` in JSON): no file can hold one."""
+    return HALF.sub("\ufffd", text)
