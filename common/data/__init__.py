@@ -28,6 +28,7 @@ __all__ = [
     "open_detection",
     "open_localisation",
     "parse_data",
+    "read_parts",
 ]
 
 AnySet = TypeVar("AnySet", ImageSet, DetectionSet, CaptionSet)
@@ -36,21 +37,12 @@ AnySet = TypeVar("AnySet", ImageSet, DetectionSet, CaptionSet)
 def open_classification(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[ImageSet, ImageSet]:
-    """Training and test images of a kind of image set (`readers` below), as (train, test).
+    """Training and test images of a kind of image set (`read_parts` below), as (train, test).
 
     `limit` keeps that many images of each. Every kept image is checked (present, header, end of file):
     the first bad one raises UserError, or with `skip_bad` all bad ones are left out and counted.
     """
-    readers = {
-        "folder": read_folder,
-        "cub": read_cub,
-        "ilsvrc": read_ilsvrc,
-        "tiny_imagenet": read_tiny_imagenet,
-        "cifar10": read_cifar,
-        "cifar100": read_cifar,
-        "scenes": _of_scenes("folder", "imagenet", read_folder),
-    }
-    return _open("classification", readers, spec, limit, skip_bad)
+    return _open("classification", spec, limit, skip_bad)
 
 
 def open_localisation(
@@ -60,14 +52,7 @@ def open_localisation(
 
     An image that is also a training image is refused.
     """
-    readers = {
-        "folder": lambda spec: read_folder(spec, localise=True),
-        "cub": read_cub,
-        "ilsvrc": lambda spec: read_ilsvrc(spec, localise=True),
-        "tiny_imagenet": read_tiny_imagenet,
-        "scenes": _of_scenes("cub", "cub", read_cub),
-    }
-    train, test = _open("localisation", readers, spec, limit, skip_bad)
+    train, test = _open("localisation", spec, limit, skip_bad)
     refuse_copies(train, test)
     return train, test
 
@@ -76,16 +61,14 @@ def open_detection(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[DetectionSet, DetectionSet]:
     """Training and test images with boxes of `scenes`, `voc` or `coco`, as (train, test); checks as above."""
-    readers = {"voc": read_voc, "coco": read_coco, "scenes": _of_scenes("voc", "vocdevkit", read_voc)}
-    return _open("detection", readers, spec, limit, skip_bad)
+    return _open("detection", spec, limit, skip_bad)
 
 
 def open_captions(
     spec: DataSpec | str, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[CaptionSet, CaptionSet]:
     """Training and test images with captions of `scenes` or `captions`, as (train, test); checks as above."""
-    readers = {"captions": read_captions, "scenes": _of_scenes("captions", "coco", read_captions)}
-    return _open("captioning", readers, spec, limit, skip_bad)
+    return _open("captioning", spec, limit, skip_bad)
 
 
 def _of_scenes(kind: str, folder: str, reader: Callable[[DataSpec], tuple]) -> Callable[[DataSpec], tuple]:
@@ -102,17 +85,47 @@ def _of_scenes(kind: str, folder: str, reader: Callable[[DataSpec], tuple]) -> C
     return read
 
 
-def _open(
-    task: str,
-    readers: dict[str, Callable[[DataSpec], tuple[AnySet, AnySet]]],
-    spec: DataSpec | str,
-    limit: int | None,
-    skip_bad: bool,
-) -> Any:
+def read_parts(task: str, spec: DataSpec | str) -> tuple[AnySet, AnySet]:
+    """The sets that a task trains on and scores, as every `open_*` begins: read, their images not checked.
+
+    `task`: classification, localisation, detection or captioning. UserError for what the reader refuses, and for a
+    kind that the task does not read.
+    """
+    readers = {
+        "classification": {
+            "folder": read_folder,
+            "cub": read_cub,
+            "ilsvrc": read_ilsvrc,
+            "tiny_imagenet": read_tiny_imagenet,
+            "cifar10": read_cifar,
+            "cifar100": read_cifar,
+            "scenes": _of_scenes("folder", "imagenet", read_folder),
+        },
+        "localisation": {
+            "folder": lambda spec: read_folder(spec, localise=True),
+            "cub": read_cub,
+            "ilsvrc": lambda spec: read_ilsvrc(spec, localise=True),
+            "tiny_imagenet": read_tiny_imagenet,
+            "scenes": _of_scenes("cub", "cub", read_cub),
+        },
+        "detection": {
+            "voc": read_voc,
+            "coco": read_coco,
+            "scenes": _of_scenes("voc", "vocdevkit", read_voc),
+        },
+        "captioning": {
+            "captions": read_captions,
+            "scenes": _of_scenes("captions", "coco", read_captions),
+        },
+    }[task]
     spec = parse_data(spec) if isinstance(spec, str) else spec
     if spec.kind not in readers:
         raise UserError(f"--data {spec}: {task} does not read '{spec.kind}'; it reads {', '.join(readers)}")
-    return tuple(_checked(part.subset(limit), skip_bad) for part in readers[spec.kind](spec))
+    return readers[spec.kind](spec)
+
+
+def _open(task: str, spec: DataSpec | str, limit: int | None, skip_bad: bool) -> Any:
+    return tuple(_checked(part.subset(limit), skip_bad) for part in read_parts(task, spec))
 
 
 def _checked(part: AnySet, skip_bad: bool) -> AnySet:

@@ -17,11 +17,22 @@ TAIL = 64
 
 
 def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
-    """The indices of images that cannot be read: absent, empty, no image, or cut short.
+    """The indices of images that cannot be read; without `skip_bad` the first raises UserError, with their count."""
+    faults = image_faults(paths)
+    if faults and not skip_bad:
+        i, fault = faults[0]
+        raise UserError(
+            f"{paths[i]}: {fault} ({len(faults)} of {len(paths)} images cannot be read); "
+            "repair or remove them, or pass --skip-bad to leave them out"
+        )
+    return [i for i, _ in faults]
 
-    Without `skip_bad` the first of them raises UserError, with their count. Only an image whose tail lacks
-    its format's end mark (and formats without one) is decoded. Memoised by path, size and modification time.
-    A file that the system does not give (no permission, a failing disk) raises UserError either way.
+
+def image_faults(paths: Sequence[Path]) -> list[tuple[int, str]]:
+    """Index and fault of each image that cannot be read: absent, empty, no image, or cut short.
+
+    Only an image whose tail lacks its format's end mark (and formats without one) is decoded. Memoised by path, size
+    and modification time. A file that the system does not give (no permission, a failing disk) raises UserError.
     """
     absent = [i for i, path in enumerate(paths) if not path.is_file()]
     present = sorted(set(range(len(paths))) - set(absent))
@@ -34,14 +45,7 @@ def check_images(paths: Sequence[Path], skip_bad: bool = False) -> list[int]:
 
     if files:
         faults += [(present[k], fault) for k, fault in remember("check 2", files, compute)]
-    faults.sort()
-    if faults and not skip_bad:
-        i, fault = faults[0]
-        raise UserError(
-            f"{paths[i]}: {fault} ({len(faults)} of {len(paths)} images cannot be read); "
-            "repair or remove them, or pass --skip-bad to leave them out"
-        )
-    return [i for i, _ in faults]
+    return sorted(faults)
 
 
 def _fault(path: Path) -> str | None:

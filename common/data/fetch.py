@@ -15,7 +15,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from common.data.verify import file_md5, verify
+from common.data.published import file_md5
+from common.data.verify import verify
 from common.errors import UserError, is_disk_full
 from common.files import make_folder, write_text
 from common.locks import locked
@@ -58,7 +59,7 @@ def sources() -> dict[str, Source]:
         **cifar,
         **imagenette,
         "voc2007": Source((voc["2007"], voc["2007-test"]), ".", "voc:{root}/VOCdevkit,year=2007"),
-        "voc2012": Source((voc["2012"],), ".", "voc:{root}/VOCdevkit,year=2012"),
+        "voc2012": Source((voc["2012"],), ".", "voc:{root}/VOCdevkit,year=2012,train=train,test=val"),
         "voc0712": Source((voc["2007"], voc["2007-test"], voc["2012"]), ".", "voc:{root}/VOCdevkit"),
         "coco2014": Source(
             (  # MD5 as in many public download scripts; the bucket's ETag agrees
