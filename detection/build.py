@@ -48,14 +48,20 @@ def make_model(
 
 
 def write_facts(
-    folder: Path, detector: str, backbone: Backbone, classes: Sequence[str], recipe: DetectionRecipe
+    folder: Path,
+    detector: str,
+    backbone: Backbone,
+    classes: Sequence[str],
+    recipe: DetectionRecipe,
+    category_ids: Sequence[int] | None = None,
 ) -> None:
-    """Write model.json: beside weights.pt all that `load_detector` needs."""
+    """Write model.json: beside weights.pt all that `load_detector` needs, and what predictions.json numbers."""
     facts = {
         "detector": detector,
         "arch": backbone.arch,
         "stride_in_1x1": backbone.stride_in_1x1,
         "classes": list(classes),
+        **({"category_ids": list(category_ids)} if category_ids else {}),
         "mean": list(backbone.mean),
         "std": list(backbone.std),
     }

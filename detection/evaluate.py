@@ -6,8 +6,9 @@
 
 DETECTIONS is COCO result JSON (boxes are x, y, width, height), or a folder of VOC's text files, one a class:
 comp3_det_test_CLASS.txt with lines "image score xmin ymin xmax ymax" in 1-based pixels. A category_id is that of
-the annotations, as in this project's predictions.json; where these have none (VOC), or with --category-ids order, it
-is 1 + the class's place in the list of classes.
+the annotations; where these have none (VOC), or with --category-ids order, it is 1 + the class's place in the list of
+classes: that of --classes, of the run whose predictions.json is scored, or the one that training finds in the devkit.
+Objects are scored as they are published, as the tools of --preset do: no box is clipped or dropped.
 """
 
 if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
@@ -28,15 +29,15 @@ import numpy as np
 from common.data.coco import read_instances
 from common.data.layout import Report
 from common.data.spec import DataSpec
-from common.data.types import DetectionSet
-from common.data.voc import read_voc
+from common.data.voc import read_published
 from common.errors import UserError, run_main
 from common.files import write_json
 from common.metrics import coco
 from common.metrics.average_precision import PRESETS, Boxes, Convention, match
+from detection.class_list import MODEL, devkit_classes, given_classes, run_classes
 from detection.curves import curves
 from detection.results import read_results, read_voc_results
-from detection.scores import IOU, by_size, fraction, per_class, percent, scores, table_lines, truth_of
+from detection.scores import IOU, by_size, fraction, per_class, percent, scores, table_lines
 
 
 @dataclass
@@ -55,15 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     if not 0 < args.iou <= 1:
         raise UserError(f"--iou {args.iou}: a share above 0 and at most 1")
+    path = args.detections.expanduser()
     if args.annotations:
-        if args.year or args.classes:
-            raise UserError(f"--annotations {args.annotations}: --year and --classes are for --devkit")
+        if args.year or args.classes or args.rescale:
+            raise UserError(
+                f"--annotations {args.annotations}: --year, --classes and --rescale are for --devkit"
+            )
         known = read_annotations(args.annotations.expanduser())
     else:
-        known = of_set(read_devkit(args.devkit, args.year, args.split, args.classes))
+        known = read_devkit(args, path)
     if args.category_ids == "order":
         known.categories = None
-    path = args.detections.expanduser()
     if path.is_dir():
         found = read_voc_results(path, args.split, known.ids, known.classes)
     elif path.suffix == ".txt":
@@ -100,7 +103,13 @@ def arguments() -> argparse.ArgumentParser:
         help="list of ImageSets/Main, or part of the text files' names (default: test)",
     )
     made.add_argument(
-        "--classes", help="classes in their order, joined by + (default: as training finds them)"
+        "--classes",
+        help="the detector's classes in their order, joined by + (default: the run's, the devkit's)",
+    )
+    made.add_argument(
+        "--rescale",
+        action="store_true",
+        help="scale boxes that were drawn for another size of their image, as rescale=1 does in training",
     )
     made.add_argument("--detections", required=True, type=Path, help="a COCO result JSON or a folder")
     made.add_argument(
@@ -126,24 +135,29 @@ def arguments() -> argparse.ArgumentParser:
     return made
 
 
-def read_devkit(devkit: str, year: str | None, split: str, classes: str | None = None) -> DetectionSet:
-    """The images of one split. The classes are those that training finds: of trainval, if it is there, and this."""
-    options = {key: value for key, value in (("year", year), ("classes", classes)) if value}
-    for train in ("trainval", split):
-        try:
-            spec = DataSpec("voc", str(Path(devkit).expanduser()), {**options, "train": train, "test": split})
-            images = read_voc(spec)[1]
-            # the other set was read for its classes alone
-            return replace(images, report=[line for line in images.report if "in training" not in line])
-        except UserError as error:
-            if train == split or f"{train}.txt: no such split" not in str(error):
-                raise
-    raise AssertionError("unreachable")
-
-
-def of_set(images: DetectionSet) -> Annotations:
-    """The annotations of a set as a cell has it."""
-    return Annotations(images.ids, images.classes, truth_of(images), None, images.report)
+def read_devkit(args: argparse.Namespace, detections: Path) -> Annotations:
+    """The objects of one split as published, and the classes that `detections` number (`class_list`)."""
+    split, classes = args.split, args.classes
+    options = {"year": args.year} if args.year else {}
+    spec = DataSpec(
+        "voc", str(Path(args.devkit).expanduser()), options | ({"rescale": "1"} if args.rescale else {})
+    )
+    read = read_published(spec, split)
+    used = sorted(set(read.names))
+    categories = None
+    if classes:
+        names, where = given_classes(classes), f"--classes {classes}"
+    elif run := run_classes(detections):
+        (names, categories), where = run, detections.parent / MODEL
+    else:
+        names, where = devkit_classes(spec, split, used, numbered=not detections.is_dir()), ""
+    if strange := [name for name in used if name not in names]:
+        raise UserError(f"{where}: knows no class '{strange[0]}', of which split {split} has objects; add it")
+    place = {name: c for c, name in enumerate(names)}
+    label = np.array([place[name] for name in read.names], np.int64)
+    return Annotations(
+        read.ids, names, Boxes(read.image, label, read.box, difficult=read.difficult), categories, read.report
+    )
 
 
 def read_annotations(file: Path) -> Annotations:
@@ -154,9 +168,9 @@ def read_annotations(file: Path) -> Annotations:
     report = Report()
     read = read_instances(file, report)
     box = np.hstack([read.box[:, :2], read.box[:, :2] + read.box[:, 2:]])
-    order = np.argsort(np.array(read.ids), kind="stable")
+    order = sorted(range(len(read.ids)), key=read.ids.__getitem__)
     truth = Boxes(np.argsort(order)[read.image], read.label, box, difficult=read.crowd, area=read.area)
-    ids = [read.ids[k] for k in order.tolist()]
+    ids = [read.ids[k] for k in order]
     return Annotations(ids, list(read.categories.values()), truth, list(read.categories), report.lines())
 
 
@@ -182,6 +196,7 @@ def score(
         "preset": preset,
         "images": len(known.ids),
         "detections": len(found.image),
+        "data": known.report,
     }
     if coco_stats is not None:
         sizes = by_size(coco_stats)

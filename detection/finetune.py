@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_main():
         for note in notes:
             print(f"note: {note}")
-        write_facts(run.folder, args.detector, backbone, train_set.classes, recipe)
+        write_facts(run.folder, args.detector, backbone, train_set.classes, recipe, train_set.categories)
     cost = train(
         model,
         STEPS[args.detector](recipe),

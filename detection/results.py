@@ -3,11 +3,13 @@
 import json
 import sys
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
+from string import digits
 
 import numpy as np
 
-from common.data.layout import found, is_data, read_lines
+from common.data.layout import found, json_id, read_lines
 from common.errors import UserError
 from common.files import read_json, write_text
 from common.metrics.average_precision import Boxes
@@ -24,7 +26,7 @@ def write_results(path: Path, found: Boxes, ids: Sequence, categories: Sequence[
     boxes = np.round(np.hstack([low, high - low]).astype(np.float64), 2).tolist()
     scores = np.round(found.score.astype(np.float64), 6).tolist()
     names = [json.dumps(i if isinstance(i, int) else str(i)) for i in ids]
-    numbers = (found.label + 1 if categories is None else np.asarray(categories)[found.label]).tolist()
+    numbers = [c + 1 if categories is None else categories[c] for c in found.label.tolist()]
     lines = [
         f'{{"image_id":{names[i]},"category_id":{category},"bbox":[{x},{y},{w},{h}],"score":{score}}}'
         for i, category, (x, y, w, h), score in zip(found.image.tolist(), numbers, boxes, scores)
@@ -51,16 +53,17 @@ def read_results(path: Path, ids: Sequence, classes: int, categories: Sequence[i
     label_of = {category: c for c, category in enumerate(known)}
     for k, entry in enumerate(entries):
         try:
-            image[k] = index.get(entry["image_id"], -1)
-            label[k] = label_of.get(entry["category_id"], -1)
+            image[k] = index.get(json_id(entry["image_id"]), -1)
+            label[k] = label_of.get(json_id(entry["category_id"]), -1)
             x, y, width, height = entry["bbox"]
             box[k], score[k] = (x, y, width, height), entry["score"]
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{path}: detection {k + 1}: {str(entry)[:200]}; each is {FORM}") from None
-    named = f"1 to {classes}" if categories is None else f"one of {', '.join(map(str, categories))}"
+    numbers = list(known)
+    named = ", ".join(map(str, numbers[:8])) + " …" * (len(numbers) > 8)
     for rule, bad in (
-        (f"image_id is none of the {len(ids)} images of this set, e.g. {ids[0]!r}", image < 0),
-        (f"category_id is {named}", label < 0),
+        (f"image_id is none of this set's (as {ids[0]!r} is one)", image < 0),
+        (f"category_id is none of the classes' ({named})", label < 0),
         ("bbox and score are finite numbers", ~np.isfinite(np.column_stack([box, score])).all(1)),
         ("width and height are not negative", (box[:, 2:] < 0).any(1)),
     ):
@@ -72,39 +75,41 @@ def read_results(path: Path, ids: Sequence, classes: int, categories: Sequence[i
     return Boxes(image, label, box, score, area=area)
 
 
-def image_index(ids: Sequence) -> dict[str | int, int]:
-    """Where an image is, by its id and, where no two ids share it, by the number its digits spell."""
-    index: dict[str | int, int] = {}
-    numbers = ["".join(c for c in str(i) if c.isdecimal()) for i in ids]
+def image_index(ids: Sequence) -> dict[int | str, int]:
+    """Where an image is, by its id, as it is and as text, and by the number that its digits spell.
+
+    That number counts where every id has digits and no two spell the same.
+    """
+    index: dict[int | str, int] = {str(i): k for k, i in enumerate(ids)}
+    if all(isinstance(i, int) for i in ids):
+        return index | {i: k for k, i in enumerate(ids)}
+    numbers = ["".join(c for c in str(i) if c in digits) for i in ids]
     if all(numbers) and len({int(n) for n in numbers}) == len(ids):
         index |= {int(n): k for k, n in enumerate(numbers)}
-    return index | {str(i): k for k, i in enumerate(ids)}
+    return index
 
 
 def read_voc_results(folder: Path, split: str, ids: Sequence, classes: Sequence[str]) -> Boxes:
     """Read `comp3_det_SPLIT_CLASS.txt` (any comp number) of every class; corners become half-open, from 0.
 
     A class without a file has no detections, said on stderr; so are boxes that seem to count from 0. Raises UserError
-    when no class has a file, when a class has two, and for a line that cannot be read, names an unknown image, or
-    has a corner on the wrong side.
+    when no class has a file, when a class has two, for a file of an unknown class, and for a line that cannot be read,
+    names an unknown image, or has a corner on the wrong side.
     """
     index, rows, labels, missing = image_index(ids), [], [], []
-    for c, name in enumerate(classes):
-        files = sorted(
-            path
-            for path in folder.iterdir()
-            if path.name.endswith(f"_det_{split}_{name}.txt") and is_data(path.name)
+    files = _files_by_class(folder, split)
+    if strange := sorted(files.keys() - set(classes)):
+        raise UserError(
+            f"{files[strange[0]]}: of no class of {', '.join(classes)}; rename it, take it away, or name the class in "
+            "--classes"
         )
-        if len(files) > 1:
-            raise UserError(
-                f"{folder}: {files[0].name} and {files[1].name} are both of class {name}; leave one"
-            )
-        if not files:
+    for c, name in enumerate(classes):
+        if name not in files:
             missing.append(name)
             continue
-        for number, line in enumerate(read_lines(files[0]), 1):
+        for number, line in enumerate(read_lines(files[name]), 1):
             if line:
-                rows.append(_row(line, index, f"{files[0]} line {number}"))
+                rows.append(_row(line, index, f"{files[name]} line {number}"))
                 labels.append(c)
     if len(missing) == len(classes):
         raise UserError(
@@ -115,9 +120,21 @@ def read_voc_results(folder: Path, split: str, ids: Sequence, classes: Sequence[
     values = np.array(rows, np.float64).reshape(-1, 6)
     if len(values) and 0 <= values[:, 2:4].min() < 1:  # unclipped boxes have negative corners
         count = int((values[:, 2:4] < 1).any(1).sum())
-        print(f"{count} boxes begin before pixel 1, from which VOC counts; are all from 0?", file=sys.stderr)
+        print(f"{count} × box begins before pixel 1, from which VOC counts; are all from 0?", file=sys.stderr)
     box = values[:, 2:] - [1, 1, 0, 0]
     return Boxes(values[:, 0].astype(np.int64), np.array(labels, np.int64), box, values[:, 1])
+
+
+def _files_by_class(folder: Path, split: str) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"*_det_{escape(split)}_*.txt")):
+        name = path.stem.partition(f"_det_{split}_")[2]
+        if name in files:
+            raise UserError(
+                f"{folder}: {files[name].name} and {path.name} are both of class {name}; leave one"
+            )
+        files[name] = path
+    return files
 
 
 def _row(line: str, index: dict[str | int, int], where: str) -> list[float]:

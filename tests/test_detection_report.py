@@ -380,7 +380,7 @@ def test_evaluate_coco_annotations(tmp_path, capsys):
         evaluate.main([*arguments, "--detections", str(path), *more])
         found.append(json.loads((tmp_path / "s.json").read_text()))
     assert found[0] == found[1]
-    with pytest.raises(UserError, match="category_id is one of 3, 7, 90"):
+    with pytest.raises(UserError, match="none of the classes' \\(3, 7, 90\\)"):
         evaluate.main([*arguments, "--detections", str(tmp_path / "order.json")])
 
 
@@ -425,7 +425,7 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "comp3_det_test_class1.txt").write_text("0 0.5 1 1 5 5\n")
     good = ["--detections", str(tmp_path / "r.json")]
     for arguments, message in (
-        (["--annotations", str(file), *good, "--year", "2007"], "--year and --classes are for --devkit"),
+        (["--annotations", str(file), *good, "--year", "2007"], "--year, --classes and --rescale are for"),
         (["--annotations", str(tmp_path / "r.json"), *good], "has no list 'images'"),
         (["--annotations", str(tmp_path / "none.json"), *good], "no such file"),
         (["--annotations", str(file), *good, "--iou", "0"], "a share above 0"),

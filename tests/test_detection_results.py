@@ -50,19 +50,25 @@ class TestResults:
         [
             (
                 {"image_id": "x", "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1},
-                "detection 1: .*image_id is none of the 1 images of this set, e.g. 'a'",
+                "detection 1: .*image_id is none of this set's \\(as 'a' is one",
             ),
-            ({"image_id": "a", "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, "category_id is 1 to 2"),
+            (
+                {"image_id": "a", "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1},
+                "none of the classes' \\(1, 2\\)",
+            ),
             ({"image_id": "a", "category_id": 1, "bbox": [0, 0, -1, 1], "score": 1}, "not negative"),
             ({"image_id": "a", "category_id": 1, "bbox": [0, 0, 1], "score": 1}, "detection 1"),
             ({"image_id": "a", "category_id": 1, "bbox": [0, 0, 1, 1]}, "detection 1: .*each is {"),
             ({"image_id": "a", "category_id": 1, "bbox": 5, "score": 1}, "detection 1: .*each is {"),
             ({"image_id": "a", "category_id": 1, "bbox": [5], "score": 1}, "detection 1: .*each is {"),
             ({"image_id": "a", "category_id": 1, "bbox": [10**400, 0, 1, 1], "score": 1}, "each is {"),
-            ({"image_id": "a", "category_id": [1], "bbox": [0, 0, 1, 1], "score": 1}, "each is {"),
+            (
+                {"image_id": "a", "category_id": [1], "bbox": [0, 0, 1, 1], "score": 1},
+                "none of the classes' ",
+            ),
             (
                 {"image_id": "a", "category_id": "1", "bbox": [0, 0, 1, 1], "score": 1},
-                "category_id is 1 to 2",
+                "none of the classes' \\(1, 2\\)",
             ),
             (
                 {"image_id": "a", "category_id": 1, "bbox": [0, 0, 1, 1], "score": float("nan")},
@@ -191,7 +197,7 @@ class TestEvaluate:
         (tmp_path / "comp/comp4_det_test_ball.txt").write_text("000006 0.5 3 3 2 9\n")
         assert evaluate.main(base) == 0 and "from 0?" not in capsys.readouterr().err
         (tmp_path / "comp/comp4_det_test_ball.txt").write_text("000006 0.5 0 3 2 9\n")
-        assert evaluate.main(base) == 0 and "1 boxes begin before pixel 1" in capsys.readouterr().err
+        assert evaluate.main(base) == 0 and "1 × box begins before pixel 1" in capsys.readouterr().err
 
     def test_devkits(self, devkit, backbone, tmp_path, capsys):
         """One folder, the same named with its year, a VOCdevkit with years, and the folder above it."""

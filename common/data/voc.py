@@ -11,7 +11,7 @@ import numpy as np
 from common.data.cache import remember
 from common.data.decode import read_headers, threaded
 from common.data.layout import Report, files_below, found, need_folder, need_present, read_lines, short_name
-from common.data.objects import Objects, finished_set
+from common.data.objects import Objects, finished_set, frames, scales
 from common.data.overlap import note_of_both
 from common.data.spec import DataSpec
 from common.data.types import DetectionSet
@@ -45,11 +45,8 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     """
     years = _years(spec)
     train_split, test_split = spec.options.get("train", "trainval"), spec.options.get("test", "test")
-    tested = years
-    if _is_0712(years) and test_split == "test":  # VOC2012's is published without annotations
-        tested = [year for year in years if year.name == "VOC2007"]
     train_raw = _read_split(years, train_split)
-    test_raw = _read_split(tested, test_split)
+    test_raw = _read_split(_tested(years, test_split), test_split)
     given = spec.options["classes"].split("+") if "classes" in spec.options else None
     if given and (len(set(given)) < len(given) or "" in given):
         raise UserError(f"--data {spec}: classes= has an empty or a doubled name")
@@ -58,6 +55,11 @@ def read_voc(spec: DataSpec) -> tuple[DetectionSet, DetectionSet]:
     train, test = (_build(name, raw, classes, given, rescale) for raw in (train_raw, test_raw))
     test = test.to_score()
     return note_of_both(train, test)
+
+
+def _tested(years: list[Path], split: str) -> list[Path]:
+    """The years whose `split` is scored: VOC2012's test is published without annotations."""
+    return [y for y in years if y.name == "VOC2007"] if _is_0712(years) and split == "test" else years
 
 
 def _is_0712(years: list[Path]) -> bool:
@@ -112,9 +114,10 @@ class _Raw:
     report: Report
 
 
-def _read_split(years: list[Path], split: str) -> _Raw:
+def _read_split(years: list[Path], split: str, need_images: bool = True) -> _Raw:
+    """A split of every year. Unless `need_images` an image may be absent; its header is 0, 0, 0 then."""
     report = Report()
-    ids, images, annotations, lists = [], [], [], []
+    ids, images, annotations, lists, there = [], [], [], [], []
     for year in years:
         listed = year / "ImageSets" / "Main" / f"{split}.txt"
         by_name = _image_files(year / "JPEGImages")
@@ -123,16 +126,100 @@ def _read_split(years: list[Path], split: str) -> _Raw:
         for name in names:
             if len(by_name.get(name, ())) > 1:
                 report.note("image in several files: the first taken", by_name[name][0].name)
-        xmls = [year / "Annotations" / f"{name}.xml" for name in names]
-        need_present(listed, "images", files)
+        xmls = _annotation_files(year, names)
+        if need_images:
+            need_present(listed, "images", files)
         need_present(listed, "annotations", xmls)
         prefix = f"{year.name}/" if set(names) & set(ids) else ""
         ids += [prefix + name for name in names]
+        there += [name in by_name for name in names]
         images, annotations, lists = images + files, annotations + xmls, [*lists, listed]
-    records = remember(
-        "voc 1", annotations, lambda: threaded(_parse, annotations, desc="reading annotations")
+    headers = np.zeros((len(images), 3), np.int64)
+    headers[there] = read_headers([path for path, known in zip(images, there) if known])
+    return _Raw(ids, images, annotations, _records(annotations), headers, lists, report)
+
+
+def _annotation_files(year: Path, names: list[str]) -> list[Path]:
+    return [year / "Annotations" / f"{name}.xml" for name in names]
+
+
+def _records(xmls: list[Path]) -> list[dict]:
+    return remember("voc 1", xmls, lambda: threaded(_parse, xmls, desc="reading annotations"))
+
+
+@dataclass
+class Published:
+    """The objects of a split as its files give them, none clipped and none dropped; the images need not be there.
+
+    `ids` are the images'. Flat: `image` int64 (k,) index, `names` the classes, `box` float64 (k, 4) x0, y0, x1, y1 as
+    in `read_voc`, `difficult` bool (k,). `report` says what is odd.
+    """
+
+    ids: list[str]
+    image: np.ndarray
+    names: list[str]
+    box: np.ndarray
+    difficult: np.ndarray
+    report: list[str]
+
+
+def read_published(spec: DataSpec, split: str) -> Published:
+    """Read one split of `voc:DIR[,year=…][,rescale=1]` as evaluators do. Raises UserError as `read_voc` does.
+
+    Boxes for another size of the image are left in its XML's pixels, which is noted, unless `rescale=1`.
+    """
+    raw = _read_split(_tested(_years(spec), split), split, need_images=False)
+    rows = [(i, *item) for i, record in enumerate(raw.records) for item in record["objects"]]
+    places = [path.name for path in raw.annotations]
+    box = np.array([corners for _, _, _, *corners in rows], np.float64).reshape(-1, 4) - [1, 1, 0, 0]
+    image, unknown = (
+        np.array([row[0] for row in rows], np.int64),
+        np.array([row[2] is None for row in rows], bool),
     )
-    return _Raw(ids, images, annotations, records, read_headers(images), lists, report)
+    difficult = np.array([bool(row[2]) for row in rows], bool)
+    flat = Objects(image, np.zeros(len(rows), np.int64), box, difficult, [], {})
+    factors = _factors(raw, places, flat)[image]
+    apart = (factors != 1).any(1)
+    if spec.switch("rescale"):
+        flat.box = box * np.tile(factors, 2)
+    for rule, fired in (
+        ("object without <difficult>: taken as not difficult", unknown),
+        (f"box with {SWAPPED}: counts, and nothing matches it", (box[:, 2:] <= box[:, :2]).any(1)),
+        (
+            "box for another size of the image than it has: "
+            + ("rescaled to the image's" if spec.switch("rescale") else "scored in the XML's pixels"),
+            apart,
+        ),
+    ):
+        if fired.any():
+            raw.report.note(rule, places[image[fired.argmax()]], int(fired.sum()))
+    return Published(raw.ids, image, [row[1] for row in rows], flat.box, difficult, raw.report.lines())
+
+
+def _factors(raw: _Raw, places: list[str], found: Objects) -> np.ndarray:
+    """What boxes for another size of the image are to be multiplied by, 1 elsewhere: float64 (n, 2)."""
+    said = [
+        size if size and all(side > 0 for side in size) else None
+        for record in raw.records
+        for size in [record["size"]]
+    ]
+    sizes = frames(raw.headers, said, places, Report(), "XML")
+    return scales(sizes, said, places, raw.images, found, Report(), "XML", rescale=True)
+
+
+def split_classes(spec: DataSpec, split: str) -> set[str] | None:
+    """The classes that a split has objects of, in any year; None where no year has such a split."""
+    names, there = set(), False
+    for year in _years(spec):
+        listed = year / "ImageSets" / "Main" / f"{split}.txt"
+        if listed.is_file():
+            there = True
+            listed_names = _split_names(year, listed, split, Report())
+            xmls = [
+                xml for xml in _annotation_files(year, listed_names) if xml.is_file()
+            ]  # VOC2012's test has none
+            names |= {item[0] for record in _records(xmls) for item in record["objects"]}
+    return names if there else None
 
 
 def _image_files(folder: Path) -> dict[str, list[Path]]:
