@@ -260,6 +260,18 @@ def test_verify_is_fine_only_where_the_command_runs(tmp_path, capsys):
     assert code == 1 and len(lines(out, "PROBLEM")) == 1 and "wsol/finetune.py would not run" in out
 
 
+def test_annotations_at_another_scale_are_a_problem(world, tmp_path, capsys):
+    shutil.copytree(world.vocdevkit / "VOC2007", tmp_path / "VOC2007")
+    for xml in (tmp_path / "VOC2007" / "Annotations").iterdir():
+        text = xml.read_text(encoding="utf-8")
+        for tag in ("width", "height", "xmin", "ymin", "xmax", "ymax"):
+            text = re.sub(f"<{tag}>([0-9]+)<", lambda found, tag=tag: f"<{tag}>{2 * int(found[1])}<", text)
+        xml.write_text(text, encoding="utf-8")
+    code, out = run(capsys, f"voc:{tmp_path}")
+    assert code == 1 and lines(out, "PROBLEM")[0].startswith("detection/finetune.py: ")
+    assert "1 problem; detection/finetune.py would not run (" in out
+
+
 def test_detection_images_are_read_in_the_frame_of_their_boxes(world, tmp_path, capsys):
     """As training reads them: boxes drawn on the stored pixels of a turned image."""
     year = tmp_path / "VOC2007"
