@@ -18,6 +18,7 @@ from typing import Any
 
 from captioning.report import best_and_worst, captions_shown, scores_table, statistics, write_pictures
 from captioning.scoring import Scorer
+from common.arguments import Parser, positive
 from common.data.layout import need_present
 from common.errors import UserError, run_main
 from common.files import make_folder, read_json, write_json, write_text
@@ -103,7 +104,7 @@ def find_images(annotations: Path, ids: list[Any], folder: Path) -> list[Path]:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--annotations", type=Path, required=True, help="COCO caption annotations: the references"
     )
@@ -123,7 +124,7 @@ def arguments() -> argparse.ArgumentParser:
         help="score SPICE too: its spice-1.0.jar, lib/ beside it (default: $BACKBENCH_SPICE)",
     )
     made.add_argument(
-        "--timeout", type=float, default=120.0, help="seconds to wait for an answer of Java (default: 120)"
+        "--timeout", type=positive, default=120.0, help="seconds to wait for an answer of Java (default: 120)"
     )
     made.add_argument(
         "--tokenizer",

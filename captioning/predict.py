@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from captioning.captioner import Captioner, decode, load_captioner
 from captioning.data import centre_crops
+from common.arguments import Parser
 from common.data.decode import read_rgb
 from common.data.pictures import find_pictures, picture_names, write_jpeg
 from common.engine import pick_device
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("images", nargs="+", type=Path, help="picture files and folders of them")
     made.add_argument("--run", required=True, type=Path, help="folder of a finished captioning/finetune.py")
     made.add_argument("--pictures", type=Path, metavar="DIR", help="save the pictures with their captions")

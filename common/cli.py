@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from common.arguments import Parser, whole
 from common.errors import UserError, run_main
 from common.files import make_folder, write_json, write_text
 
@@ -24,9 +25,7 @@ def _main(argv: list[str] | None = None) -> int:
 
 def arguments(chosen: str = "") -> argparse.ArgumentParser:
     """The command line; the arguments of `chosen` alone are filled in, for some need slow imports."""
-    made = argparse.ArgumentParser(
-        prog="backbench", description="How well does a pretrained ResNet transfer?"
-    )
+    made = Parser(prog="backbench", description="How well does a pretrained ResNet transfer?")
     commands = made.add_subparsers(required=True, metavar="COMMAND")
     for name, (text, fill, run) in COMMANDS.items():
         parser = commands.add_parser(
@@ -49,10 +48,10 @@ def demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--arch", default="resnet18_half", choices=list(ARCHS), help="network (default: resnet18_half)"
     )
-    demo.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds a cell (default: 1)")
+    demo.add_argument("--seeds", type=whole(1), default=1, help="fine-tuning seeds a cell (default: 1)")
     slots = min(4, os.cpu_count() or 1)  # a cell takes about a gigabyte
     demo.add_argument(
-        "--slots", type=int, default=slots, help="cells at a time (default: one a core, at most 4)"
+        "--slots", type=whole(1), default=slots, help="cells at a time (default: one a core, at most 4)"
     )
     demo.add_argument("--tasks", nargs="+", default=["all"], help=f"all, or some of {', '.join(TASKS)}")
 

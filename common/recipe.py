@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from common.arguments import Parser, whole
 from common.errors import UserError
 
 STAGES = ("train", "predict", "score")
@@ -197,16 +198,9 @@ def _show(value: Any) -> str:
     return ",".join(f"{v:g}" for v in value) or "none" if isinstance(value, tuple) else str(value)
 
 
-def seed(text: str) -> int:
-    """A `--seed`: a whole number from 0 on."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from 0 on is needed")
-    return int(text)
-
-
 def parser(description: str, recipes: dict[str, Recipe], default: str) -> argparse.ArgumentParser:
     """An argument parser with what every training script takes: recipe, seed, output, limits."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         description=description,
         epilog=describe(recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -226,17 +220,17 @@ def parser(description: str, recipes: dict[str, Recipe], default: str) -> argpar
         help="change one recipe field; repeatable",
     )
     made.add_argument(
-        "--seed", type=seed, default=0, help="seed of initial weights, order, augmentation (default: 0)"
+        "--seed", type=whole(), default=0, help="seed of initial weights, order, augmentation (default: 0)"
     )
     made.add_argument(
         "--limit",
-        type=int,
+        type=whole(),
         default=0,
         metavar="N",
         help="use only N images of each split; shown on the board",
     )
     made.add_argument(
-        "--workers", type=int, default=None, help="loader processes (default: chosen by the data)"
+        "--workers", type=whole(), default=None, help="loader processes (default: chosen by the data)"
     )
     made.add_argument("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU when there is one)")
     made.add_argument(

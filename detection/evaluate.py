@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from common.arguments import Parser
 from common.data.coco import read_instances
 from common.data.layout import Report
 from common.data.spec import DataSpec
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = made.add_mutually_exclusive_group(required=True)
     source.add_argument("--devkit", help="a VOCdevkit, or one folder of that layout")
     source.add_argument(

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.arguments import Parser
 from common.errors import UserError, run_main
 from common.files import make_folder, write_atomic
 from detection.build import load_detector
@@ -51,7 +52,7 @@ class Raw(nn.Module):
 
 def main(argv: list[str] | None = None) -> int:
     """Arguments → model → ONNX file."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--run", required=True, type=Path, help="folder of a finished detection/finetune.py")
     made.add_argument("--out", required=True, type=Path, help="the ONNX file to write")
     args = made.parse_args(argv)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from common.arguments import Parser
 from common.data.decode import read_headers, read_rgb
 from common.data.pictures import find_pictures, picture_names, write_jpeg
 from common.data.types import DetectionSet
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("pictures", nargs="+", type=Path, help="picture files and folders of them")
     made.add_argument("--run", required=True, type=Path, help="folder of a finished detection/finetune.py")
     made.add_argument("--out", type=Path, default=Path("detections"), help="(default: detections)")

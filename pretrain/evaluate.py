@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from common.arguments import Parser, whole
 from common.backbone import Backbone, load_classifier
 from common.cell import Identity, open_run
 from common.checkpoint import read_checkpoint
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments():
     """The command line of this script."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--backbone",
         required=True,
@@ -123,7 +124,7 @@ def arguments():
     )
     made.add_argument("--name", help="its name in results (default: the file's method, or its name)")
     made.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")
-    made.add_argument("--limit", type=int, default=0, metavar="N", help="use only N test images")
+    made.add_argument("--limit", type=whole(), default=0, metavar="N", help="use only N test images")
     made.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU when there is one)")
     made.add_argument(
         "--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell"

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.arguments import Parser, whole
 from common.backbone import Backbone
 from common.cell import Run, open_run
 from common.crops import test_images
@@ -43,7 +44,7 @@ from common.data.types import ImageSet
 from common.engine import is_main, pick_device
 from common.errors import UserError, run_main
 from common.files import digest, read_json, write_json, write_npz
-from common.recipe import describe, label, override, seed
+from common.recipe import describe, label, override
 from common.transfer import data_or_world, reading, reading_arguments
 from pretrain import stress, stress_pictures
 from pretrain.evaluate import as_backbone, class_index, load
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         description=__doc__,
         epilog=describe(ROBUSTNESS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,14 +130,14 @@ def arguments() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="change one recipe field; repeatable",
     )
-    made.add_argument("--seed", type=seed, default=0, help="seed of pairs and noise (default: 0)")
+    made.add_argument("--seed", type=whole(), default=0, help="seed of pairs and noise (default: 0)")
     made.add_argument(
         "--name",
         nargs="+",
         help="a name in results for each backbone (default: the file's method, or its name)",
     )
     made.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")
-    made.add_argument("--limit", type=int, default=0, metavar="N", help="use only N images of each set")
+    made.add_argument("--limit", type=whole(), default=0, metavar="N", help="use only N images of each set")
     made.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU when there is one)")
     made.add_argument(
         "--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell"

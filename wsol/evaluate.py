@@ -27,6 +27,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from common.arguments import Parser, whole
 from common.data.boxes import read_box_csv
 from common.data.decode import threaded
 from common.data.layout import Report, files_below, need_folder
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--scoremaps", type=Path, required=True, metavar="DIR", help="folder of .npy maps")
     made.add_argument("--boxes", type=Path, metavar="FILE", help="true boxes, path,x0,y0,x1,y1")
     made.add_argument("--labels", type=Path, metavar="FILE", help="path,label,predicted: for Top-1 Loc")
@@ -105,12 +106,15 @@ def arguments() -> argparse.ArgumentParser:
         help="share of a map's maximum, protocol paper (default: .15)",
     )
     made.add_argument(
-        "--size", type=int, default=SIDE, help="side to which protocol paper enlarges maps (default: 224)"
+        "--size",
+        type=whole(1),
+        default=SIDE,
+        help="side to which protocol paper enlarges maps (default: 224)",
     )
     made.add_argument(
-        "--resize", type=int, help="maps are of a centre crop of the image squeezed to this side …"
+        "--resize", type=whole(1), help="maps are of a centre crop of the image squeezed to this side …"
     )
-    made.add_argument("--crop", type=int, help="… and this is the crop's side (paper: 256, 224)")
+    made.add_argument("--crop", type=whole(1), help="… and this is the crop's side (paper: 256, 224)")
     return made
 
 

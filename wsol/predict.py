@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.arguments import Parser, whole
 from common.data.boxes import read_box_csv
 from common.data.decode import read_rgb
 from common.data.layout import Report
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line of this script."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--run", type=Path, nargs="+", required=True, metavar="DIR", help="run folders")
     made.add_argument("images", type=Path, nargs="*", help="images to localise in, and folders of them")
     made.add_argument("--boxes", type=Path, metavar="FILE", help="true boxes, path,x0,y0,x1,y1 in shares")
@@ -89,7 +90,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--mix", type=Path, nargs=2, metavar=("A", "B"), help="two images to mix (figure 1)")
     made.add_argument("--classes", nargs=2, metavar=("A", "B"), help="their classes (default: the predicted)")
     made.add_argument("--lam", type=float, default=0.6, help="share of A that mixing keeps (default: .6)")
-    made.add_argument("--seed", type=int, default=0, help="of where the patch lies (default: 0)")
+    made.add_argument("--seed", type=whole(), default=0, help="of where the patch lies (default: 0)")
     made.add_argument("--out", type=Path, default=Path("pictures"), help="output folder (default: pictures)")
     made.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU when there is one)")
     return made

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from common.arguments import whole
 from common.board.facts import Facts
 from common.board.plan import (
     Backbone,
@@ -73,9 +74,9 @@ def run_arguments(run: argparse.ArgumentParser) -> None:
         "pretrain.size=80)",
     )
     run.add_argument("--recipe", help="recipe name: smoke, tiny, mini or paper (default: tiny)")
-    run.add_argument("--seeds", type=int, help="fine-tuning seeds 0 … N−1 (default: 1)")
+    run.add_argument("--seeds", type=whole(1), help="fine-tuning seeds 0 … N−1 (default: 1)")
     run.add_argument(
-        "--limit", type=int, help="only N images of each split; part of the keys, shown on the board"
+        "--limit", type=whole(), help="only N images of each split; part of the keys, shown on the board"
     )
     run.add_argument(
         "--sweep",
@@ -91,7 +92,7 @@ def run_arguments(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--slots",
-        type=int,
+        type=whole(1),
         help="cells at a time on each GPU (a cell takes one), or sharing the cores (default: 1)",
     )
     run.add_argument(

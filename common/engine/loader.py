@@ -1,7 +1,12 @@
 """Micro-batches by position: iteration and micro-batch number say which images, with which random streams."""
 
+import errno
+import functools
+import os
+import re
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.engine.streams import Order, Streams
+from common.errors import Interrupted, UserError
+from common.processes import die_with
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what asks a training to save and stop
 
@@ -62,20 +69,28 @@ class MicroBatches(Dataset):
 
 def make_loader(
     batches: MicroBatches, positions: Positions, workers: int, pin: bool
-) -> Iterable[dict[str, Any]]:
-    """The batches at `positions`, the same for any number of workers."""
+) -> Iterator[dict[str, Any]]:
+    """The batches at `positions`, the same for any number of workers. UserError when these cannot be started."""
     if not workers and not pin:
         return map(batches.__getitem__, positions)
-    return DataLoader(
+    loader = DataLoader(
         batches,
         batch_size=None,
         collate_fn=_as_it_is,
         sampler=positions,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_init_worker,
+        worker_init_fn=functools.partial(_init_worker, os.getpid()),
         prefetch_factor=4 if workers else None,
     )
+    try:
+        return iter(loader)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        raise UserError(
+            f"--workers {workers}: so many loader processes cannot be started ({error.strerror}); give fewer"
+        ) from None
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +102,25 @@ def end_workers(batches: Iterator) -> None:
     getattr(batches, "_shutdown_workers", lambda: None)()
 
 
-def _init_worker(_: int) -> None:
+@contextmanager
+def watched() -> Iterator[None]:
+    """Raise Interrupted in place of torch's error when a loader process was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(
+            r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is killed by signal: ([\w ]+))?", str(error)
+        )
+        if not found:
+            raise
+        raise Interrupted(
+            f"a loader process (pid {found[1]}) was ended ({found[2] or 'unexpectedly'}; short of memory, or of shared "
+            "memory in /dev/shm?): run the same command again to continue, with fewer --workers if it happens again"
+        ) from None
+
+
+def _init_worker(parent: int, _: int) -> None:
+    die_with(parent)
     for (
         number
     ) in STOPPING:  # where a whole group of processes is told to stop, the training needs them to save

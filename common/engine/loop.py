@@ -26,7 +26,15 @@ from common.engine.device import (
     to_device,
     world,
 )
-from common.engine.loader import STOPPING, MicroBatches, Positions, TrainData, end_workers, make_loader
+from common.engine.loader import (
+    STOPPING,
+    MicroBatches,
+    Positions,
+    TrainData,
+    end_workers,
+    make_loader,
+    watched,
+)
 from common.engine.optim import make_optimizer, make_schedulers, wrap
 from common.engine.state import Best, Log, read_state, write_state
 from common.engine.streams import StepStreams
@@ -88,7 +96,8 @@ def train(
         run.best = Best(folder, key, best)
     run.resume()
     try:
-        run.loop(desc)
+        with watched():
+            run.loop(desc)
     finally:
         run.log.close()
     return run.finish()
@@ -166,7 +175,7 @@ class _Training:
         """Run the remaining iterations."""
         self.model.train()
         positions = Positions(self.iteration, self.iterations, self.micros)
-        batches = iter(make_loader(self.batches, positions, self.workers, pin=self.device.type == "cuda"))
+        batches = make_loader(self.batches, positions, self.workers, pin=self.device.type == "cuda")
         handlers = {s: signal.signal(s, self._on_signal) for s in STOPPING}
         self.clock = saved_at = time.monotonic()
         bar = progress(desc=desc, total=self.iterations, initial=self.iteration, unit="it")
