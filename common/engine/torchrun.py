@@ -32,17 +32,15 @@ class Launch:
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """How this process was started; alone without WORLD_SIZE. Raises UserError when the variables make no sense."""
-    if "WORLD_SIZE" not in environment:
-        return Launch()
-    world = _number(environment, "WORLD_SIZE", 1)
+    local = _number(environment, "LOCAL_RANK", 0) if "LOCAL_RANK" in environment else None
+    world = _number(environment, "WORLD_SIZE", 1) if "WORLD_SIZE" in environment else 1
     if world == 1:
-        return Launch()
+        return Launch(local=local)
     missing = [name for name in NAMES if not environment.get(name)]
     if missing:
         raise UserError(f"WORLD_SIZE={world} is set in the environment, {' and '.join(missing)} not: {ALONE}")
     rank = _number(environment, "RANK", 0, world - 1)
     _number(environment, "MASTER_PORT", 1, 2**16 - 1)
-    local = _number(environment, "LOCAL_RANK", 0) if "LOCAL_RANK" in environment else None
     return Launch(rank, world, local, "TORCHELASTIC_RUN_ID" in environment)
 
 
