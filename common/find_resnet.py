@@ -282,7 +282,7 @@ def _known(key: str, prefix: str, tensor: Tensor) -> bool:
     if rest:  # outside the network
         number = len(parts) == 1 and tensor.numel() <= 1 and re.fullmatch(STATE_DICTS, rest[0])
         return bool(number) or (first == "bn" and tensor.ndim <= 1)  # Barlow Twins' bn, behind its projector
-    return parts[0].isdigit() and int(parts[0]) > 7  # a numbered ResNet's pooling, flattening, classifier
+    return parts[0].isdecimal() and int(parts[0]) > 7  # a numbered ResNet's pooling, flattening, classifier
 
 
 def _without_role(name: str) -> str:

@@ -9,7 +9,7 @@ from string import digits
 
 import numpy as np
 
-from common.data.layout import found, json_id, read_lines
+from common.data.layout import found, is_data, json_id, read_lines
 from common.errors import UserError
 from common.files import read_json, write_text
 from common.metrics.average_precision import Boxes
@@ -127,7 +127,7 @@ def read_voc_results(folder: Path, split: str, ids: Sequence, classes: Sequence[
 
 def _files_by_class(folder: Path, split: str) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob(f"*_det_{escape(split)}_*.txt")):
+    for path in sorted(filter(lambda path: is_data(path.name), folder.glob(f"*_det_{escape(split)}_*.txt"))):
         name = path.stem.partition(f"_det_{split}_")[2]
         if name in files:
             raise UserError(
