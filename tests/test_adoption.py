@@ -29,10 +29,12 @@ def photos(count: int, seed: int) -> np.ndarray:
     return np.clip((smooth + fine) * [55, 48, 40] + [135, 115, 90], 0, 255).astype(np.uint8)
 
 
-def calibrated(arch: str, reading=READINGS[0], stride_in_1x1: bool = False) -> Trunk:
-    """Random weights whose stored statistics are those of 96 images under `reading`."""
+def calibrated(arch: str, reading=READINGS[0], stride_in_1x1: bool = False, change=None) -> Trunk:
+    """Random weights whose stored statistics are those of 96 images under `reading`, after `change(trunk)`."""
     torch.manual_seed(0)
     trunk = Trunk(arch, stride_in_1x1)
+    if change:
+        change(trunk)
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # a plain average
@@ -139,6 +141,52 @@ def test_collapsed_features_are_reported(images):
     report = measure(backbone_of(trunk), images, CPU)
     assert report["stages"]["layer4"]["spread"] == 0 and report["stages"]["layer3"]["spread"] > 0.05
     assert any("hardly differ between images" in line for line in report["warnings"])
+
+
+class Gate(nn.Module):
+    """A stage whose output channels are weighted before the next sees them."""
+
+    def __init__(self, stage: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.stage, self.weight = stage, torch.linspace(0.1, 0.8, channels).view(1, -1, 1, 1)
+
+    def forward(self, x):
+        return self.stage(x) * self.weight
+
+
+def gated(trunk: Trunk) -> None:
+    trunk.layer2 = Gate(trunk.layer2, trunk.channels["layer2"])
+
+
+def with_silu(trunk: Trunk) -> None:
+    for module in trunk.modules():
+        if hasattr(module, "relu"):
+            module.relu = nn.SiLU()
+
+
+VARIANTS = {
+    "gates": (gated, ["layer3", "layer4"]),
+    "another activation": (with_silu, ["layer2", "layer3", "layer4"]),
+}
+
+
+@pytest.mark.parametrize("what", VARIANTS)
+def test_other_layers_between_the_stages_show(what, images):
+    """The weights and statistics of a network with other layers, read as the plain one."""
+    change, stages = VARIANTS[what]
+    plain = Trunk("resnet18_half")
+    plain.load_state_dict(
+        {
+            k.replace(".stage", ""): v
+            for k, v in calibrated("resnet18_half", change=change).state_dict().items()
+        }
+    )
+    report = measure(backbone_of(plain), images, CPU)
+    (line,) = report["warnings"]
+    assert line.startswith("the first layer fits") and "had other layers between them" in line
+    assert all(stage in line for stage in stages)
+    right = measure(backbone_of(calibrated("resnet18_half")), images, CPU)
+    assert not right["warnings"] and all(s["distance"] < 0.25 for s in right["stages"].values())
 
 
 def test_leaves_the_backbone_and_the_random_state_alone(images):
