@@ -190,6 +190,7 @@ def open_run(
     restart: bool = False,
     skip_bad: int = 0,
     identity: Identity | None = None,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Run:
     """Make or open the run folder OUT/DATA/TASK/MODEL/RECIPE/BACKBONE/seedK (OUT itself when `identity` is given).
 
@@ -197,11 +198,10 @@ def open_run(
     training had other inputs: named, with what to do.
     """
     folder = Path(out).expanduser()
+    label = backbone.name if identity is None else identity.backbone
+    if "/" in label or label in (".", ".."):
+        raise UserError(f"backbone name '{label}': it names a folder of the results, so give one without /")
     if identity is None:
-        if "/" in backbone.name or backbone.name in (".", ".."):
-            raise UserError(
-                f"backbone name '{backbone.name}': it names a folder of the results, so give one without /"
-            )
         known = {k: getattr(backbone, k) for k in ("group", "method", "arch", "pretrain_seed")}
         identity = Identity(
             data, task, model, recipe_label, backbone.name, seed, **known, limit=limit, val_share=val_share
@@ -217,6 +217,7 @@ def open_run(
         seed=seed,
         limit=limit,
         protocol=protocol,
+        more=more,
     )
     keys = stage_keys(inputs)
     held = None

@@ -89,6 +89,7 @@ def _torchvision(model: nn.Module, facts: dict[str, Any], out: Path) -> list[str
 def _timm(model: nn.Module, facts: dict[str, Any], out: Path) -> list[str]:
     arch, count, size = facts["arch"], facts["num_classes"], facts["size"]
     config = {"mean": facts["mean"], "std": facts["std"], "input_size": [3, size, size], "num_classes": count}
+    config |= {"label_names": facts["classes"]} if "classes" in facts else {}
     content = {"state_dict": _state(model), "arch": arch, "pretrained_cfg": config}
     write_atomic(out, lambda file: torch.save(content, file))
     return [f"model = timm.create_model({arch!r}, num_classes={count}, checkpoint_path={str(out)!r})"]
@@ -135,5 +136,5 @@ def _texts(facts: dict[str, Any]) -> dict[str, str]:
     return {
         k: v if isinstance(v, str) else json.dumps(v)
         for k, v in facts.items()
-        if k in ("mean", "std", "size", "arch")
+        if k in ("mean", "std", "size", "arch", "classes")
     }

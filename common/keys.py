@@ -26,8 +26,13 @@ def stage_inputs(
     seed: int,
     limit: int = 0,
     protocol: Mapping[str, int] | None = None,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What each stage depends on; `fields` are the recipe's fields by stage, `backbone` is a fingerprint."""
+    """What each stage depends on; `fields` are the recipe's fields by stage, `backbone` is a fingerprint.
+
+    `more` holds, by stage, inputs that only some runs have.
+    """
+    more = more or {}
     protocol = dict.fromkeys(STAGES, 1) | PROTOCOLS.get(task, {}) | dict(protocol or {})
     train = {
         "task": task,
@@ -39,13 +44,14 @@ def stage_inputs(
         "limit": limit,
     }
     return {
-        "train": {**train, "protocol": protocol["train"]},
+        "train": {**train, "protocol": protocol["train"], **more.get("train", {})},
         "predict": {
             "recipe": fields["predict"],
             "data": test_fingerprint,
             "protocol": protocol["predict"],
+            **more.get("predict", {}),
         },
-        "score": {"recipe": fields["score"], "protocol": protocol["score"]},
+        "score": {"recipe": fields["score"], "protocol": protocol["score"], **more.get("score", {})},
     }
 
 

@@ -5,7 +5,8 @@
     python pretrain/evaluate.py --backbone pyramidnet.pt --data cifar100:DIR
 
 A network of 1,000 ImageNet classes is scored on any folders named by their WordNet ids (timm must be installed);
-another network's classes must be the data's. Without --data it uses the embedded world.
+another network's classes must be the data's: matched by the names in its file, else taken in order (--class-order) and
+refused where another order fits far better. Without --data it uses the embedded world.
 """
 
 if __name__ == "__main__" and not __package__:  # run as a file: the root replaces this folder on the path
@@ -35,10 +36,11 @@ from common.classify import predict_logits
 from common.crops import test_images
 from common.data import open_classification
 from common.engine import is_main, pick_device
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.files import digest, file_and_choice, write_npz
 from common.recipe import label, override
 from common.transfer import data_or_world, reading, reading_arguments
+from pretrain.class_order import check_order, class_order_argument, match_classes, names_in
 from pretrain.networks import NETWORKS, load_network
 from pretrain.recipes import RECIPES
 from pretrain.report import evaluate, finish
@@ -52,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     model, facts = load(args.backbone, **reading(args))
     recipe = as_the_file(recipe, facts, args)
     test_set = open_classification(data_or_world(args), args.limit or None, args.skip_bad)[1]
-    index = class_index(facts, test_set.classes, args.backbone)
+    order = match_classes(facts, test_set.classes, args.backbone, args.class_order)
     seed = facts.get("seed") or 0
-    name = args.name or facts["method"]
+    name = args.name or facts["method"].replace("/", "_")
     recipe_label = label("evaluate", [f"recipe={args.recipe}"] * bool(args.recipe) + args.set, recipe)
     run = open_run(
         args.out / Path(test_set.name, "classification", facts["arch"], recipe_label, name, f"seed{seed}"),
@@ -74,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         limit=args.limit,
         restart=args.restart,
         skip_bad=len(test_set.skipped),
+        more={"score": order.key},
     )
     if run.finished:
         print(f"finished already: {run.folder}")
@@ -84,12 +87,18 @@ def main(argv: list[str] | None = None) -> int:
     if is_main():
         for line in facts.get("report", []):
             print(f"backbone: {line}")
-        with run.stage("predict", files=["predictions.npz"]):
-            images = test_images(test_set, recipe)
-            logits = predict_logits(model, images, recipe, device, recipe.mean, recipe.std)
-            write_npz(run.folder / "predictions.npz", ids=np.array(test_set.ids), logits=logits)
-        names = names_of(index, test_set.classes, logits.shape[1])
-        found = evaluate(logits, index[test_set.labels], test_set.ids, names)
+        if not run.done("predict"):
+            with run.stage("predict", files=["predictions.npz"]):
+                images = test_images(test_set, recipe)
+                logits = predict_logits(model, images, recipe, device, recipe.mean, recipe.std)
+                write_npz(run.folder / "predictions.npz", ids=np.array(test_set.ids), logits=logits)
+        with np.load(run.folder / "predictions.npz") as predictions:
+            logits = predictions["logits"]
+        names = names_of(order.index, test_set.classes, logits.shape[1])
+        found = evaluate(logits, order.index[test_set.labels], test_set.ids, names)
+        for line in check_order(order, logits.argmax(1), test_set.labels, args.backbone):
+            run.note(line)
+            print(f"note: {line}")
         finish(run, found, device, {}, described(args.backbone, facts, recipe))
         for metric, value in found["metrics"].items():
             print(f"{metric} {100 * value:.2f} %")
@@ -130,6 +139,7 @@ def arguments():
         "--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell"
     )
     made.add_argument("--restart", action="store_true", help="throw away what the cell's folder holds")
+    class_order_argument(made)
     reading_arguments(made)
     return made
 
@@ -137,11 +147,13 @@ def arguments():
 def load(spec: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """A classifier and its facts: any ResNet of the field, or a CIFAR network of this project."""
     path = Path(file_and_choice(spec)[0]).expanduser()
-    if path.is_file():
-        content = read_checkpoint(path)
-        if isinstance(content, dict) and content.get("arch") in NETWORKS and "format" in content:
-            return load_network(path)
-    return load_classifier(spec, **options)
+    content = read_checkpoint(path) if path.is_file() else {}
+    if isinstance(content, dict) and content.get("arch") in NETWORKS and "format" in content:
+        return load_network(path)
+    model, facts = load_classifier(spec, **options)
+    if "classes" not in facts and (named := names_in(content, facts["num_classes"], spec)):
+        facts["classes_from"], facts["classes"] = named
+    return model, facts
 
 
 def as_backbone(spec: str, model: nn.Module, facts: dict[str, Any], name: str | None = None) -> Backbone:
@@ -176,32 +188,6 @@ def as_the_file(recipe, facts: dict[str, Any], args):
     return changed
 
 
-def class_index(facts: dict[str, Any], classes: Sequence[str], spec: str) -> np.ndarray:
-    """The network's index of each class of the data, int64. Raises UserError when they are not the same classes.
-
-    By name where the file tells its classes; by WordNet id where a network of 1,000 classes meets part of ImageNet; in
-    order where both have as many.
-    """
-    known, count = facts.get("classes"), facts["num_classes"]
-    if known is None and count == 1000 and len(classes) < 1000 and all(_wordnet(name) for name in classes):
-        known = _imagenet_classes()
-    if known is None:
-        if count == len(classes):
-            return np.arange(count)
-        raise UserError(
-            f"{spec}: classifies {count} classes, the data has {len(classes)} ({', '.join(classes[:3])} …); "
-            "give the data it was trained for"
-        )
-    where = {name: i for i, name in enumerate(known)}
-    absent = [name for name in classes if name not in where]
-    if absent:
-        raise UserError(
-            f"{spec}: does not know class '{absent[0]}' ({len(absent)} of the data's {len(classes)}); it knows "
-            f"{', '.join(known[:4])}{' …' if len(known) > 4 else ''}: give the data it was trained for"
-        )
-    return np.array([where[name] for name in classes], np.int64)
-
-
 def names_of(index: np.ndarray, classes: Sequence[str], count: int) -> list[str]:
     """A name for each of the network's classes: the data's, or its number."""
     known = dict(zip(index.tolist(), classes))
@@ -218,21 +204,6 @@ def described(spec: str, facts: dict[str, Any], recipe) -> list[str]:
     if facts.get("recipe_label"):
         lines += ["", f"Pretrained by recipe {facts['recipe_label']} on {facts.get('data')}."]
     return lines
-
-
-def _wordnet(name: str) -> bool:
-    return len(name) == 9 and name[0] == "n" and name[1:].isdecimal()
-
-
-def _imagenet_classes() -> list[str]:
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError:
-        raise UserError(
-            "part of ImageNet's classes and a network of all 1,000: which is which is known to timm; "
-            "pip install 'backbench[interop]'"
-        ) from None
-    return ImageNetInfo().label_names()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import common  # noqa: F401  first, before torch
 # isort: split
 
 import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,18 @@ from common.files import digest, read_json, write_json, write_npz
 from common.recipe import describe, label, override
 from common.transfer import data_or_world, reading, reading_arguments
 from pretrain import stress, stress_pictures
-from pretrain.evaluate import as_backbone, class_index, load
+from pretrain.class_order import ClassOrder, check_order, class_order_argument, match_classes
+from pretrain.evaluate import as_backbone, load
 from pretrain.outliers import NOISE, PAPER, Outliers, open_outliers
 from pretrain.recipes import ROBUSTNESS, TESTS, RobustnessRecipe
 from pretrain.robustness_report import PRIMARY, finish
 
+LABELLED = {
+    "fgsm": "predict",
+    "occlusion": "score",
+    "between": "score",
+}  # the first stage that uses the labels
+ORDER_IMAGES = 2048  # on which the order of classes is tested
 BY_FILE = ("size", "resize", "resize_backend")  # how a file's own test images were made
 
 
@@ -80,8 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         known[twice] = spec
     if is_main():
         for subject in subjects:
+            notes = functools.cache(functools.partial(order_notes, subject, test_set, device))
             for test in tests:
-                evaluate(subject, test, test_set, outliers, device, args)
+                evaluate(subject, test, test_set, outliers, device, args, notes)
     return 0
 
 
@@ -143,18 +152,19 @@ def arguments() -> argparse.ArgumentParser:
         "--skip-bad", action="store_true", help="leave unreadable images out, counted in the cell"
     )
     made.add_argument("--restart", action="store_true", help="throw away what the cells' folders hold")
+    class_order_argument(made)
     reading_arguments(made)
     return made
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A classifier to test. `index`: the network's index of each class of the data."""
+    """A classifier to test. `order`: the network's output of each class of the data."""
 
     model: nn.Module
     backbone: Backbone
     recipe: RobustnessRecipe
-    index: np.ndarray
+    order: ClassOrder
 
 
 def open_subject(
@@ -165,9 +175,22 @@ def open_subject(
     Raises UserError where it has no classifier, or knows other classes than the data's.
     """
     model, facts = load(spec, **reading(args))
-    index = class_index(facts, test_set.classes, spec)
+    order = match_classes(facts, test_set.classes, spec, args.class_order)
     backbone = as_backbone(spec, model, facts, name)
-    return Subject(model, backbone, sized(recipe, facts, args.set), index)
+    return Subject(model, backbone, sized(recipe, facts, args.set), order)
+
+
+def order_notes(subject: Subject, test_set: ImageSet, device: torch.device) -> tuple[str, ...]:
+    """What to note of the order of classes, by what the classifier answers to some of the images as they are.
+
+    Raises UserError where another order fits far better; see `check_order`.
+    """
+    count = max(ORDER_IMAGES, 4 * len(test_set.classes))
+    some = np.unique(np.linspace(0, len(test_set) - 1, min(count, len(test_set))).astype(int))
+    recipe = replace(subject.recipe, precision="fp32")
+    classify = stress.classifier(subject.model, subject.backbone.mean, subject.backbone.std, recipe, device)
+    predicted = stress.run_clean(classify, test_images(test_set, recipe)[some], recipe, device, "class order")
+    return check_order(subject.order, predicted, test_set.labels[some], subject.backbone.source)
 
 
 def sized(recipe: RobustnessRecipe, facts: dict[str, Any], settings: Sequence[str]) -> RobustnessRecipe:
@@ -187,8 +210,9 @@ def evaluate(
     outliers: Sequence[Outliers],
     device: torch.device,
     args: argparse.Namespace,
+    notes: Callable[[], Sequence[str]],
 ) -> None:
-    """One cell: predict, score, report; nothing where it is finished."""
+    """One cell: predict, score, report; nothing where it is finished. `notes`: what to say of the order of classes."""
     backbone = subject.backbone
     recipe = replace(subject.recipe, test=test)
     if test == "fgsm" and recipe.precision == "auto":
@@ -213,16 +237,19 @@ def evaluate(
         limit=args.limit,
         restart=args.restart,
         skip_bad=len(test_set.skipped) + sum(len(one.images.skipped) for one in others if one.images),
+        more={LABELLED[test]: subject.order.key} if test in LABELLED else None,
     )
     if run.finished:
         print(f"finished already: {run.folder}")
         return
     own_command(run, backbone, test)
     run.note_data([], test_set.report)
+    for line in notes() if test in LABELLED else ():
+        run.note(line)
     for one in others:
         for line in one.images.report if one.images else ():
             run.note(f"{one.name}: {line}")
-    truth = {"labels": subject.index[test_set.labels]}
+    truth = {"labels": subject.order.index[test_set.labels]}
     ids = list(test_set.ids)
     if test == "between":
         if len(ids) < 2:

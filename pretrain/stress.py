@@ -91,6 +91,15 @@ def run_fgsm(
 
 
 @torch.inference_mode()
+def run_clean(
+    classify: Classifier, images: np.ndarray, recipe: RobustnessRecipe, device: torch.device, desc: str
+) -> np.ndarray:
+    """Classes predicted for images uint8 (n, S, S, 3) as they are, int (n,)."""
+    parts = batches(len(images), recipe.test_batch, desc)
+    return gathered([best(classify(to_pixels(images[part], device))) for part in parts])
+
+
+@torch.inference_mode()
 def run_occlusion(
     classify: Classifier,
     images: np.ndarray,

@@ -358,7 +358,7 @@ BROKEN = {
     ),
     "a CIFAR network": (
         lambda s: {**drop(s, "layer4"), "conv1.weight": torch.ones(16, 3, 3, 3)},
-        "a CIFAR network .*pretrain/evaluate.py",
+        r"a CIFAR network \(its first convolution is 3×3\).*takes those of pretrain/run.py",
     ),
     "a wide network": (
         lambda s: {k: torch.ones(96) if k == "layer1.0.bn1.bias" else v for k, v in s.items()},

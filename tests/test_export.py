@@ -15,6 +15,7 @@ from common.cli import _main
 from common.errors import UserError
 from common.export import export
 from common.trunk import Classifier, Trunk
+from pretrain import evaluate
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
@@ -83,6 +84,7 @@ def test_timm_reads_it(saved, images, tmp_path):
     close(scope["model"].eval()(images).detach(), model, images)
     config = torch.load(tmp_path / "x.pth")["pretrained_cfg"]
     assert (config["mean"], config["std"], config["input_size"]) == (MEAN, STD, [3, 160, 160])
+    assert evaluate.load(str(tmp_path / "x.pth"))[1]["classes"] == list("abcde")
     body = tmp_path / "body.pth"
     torch.save(model.trunk.state_dict(), body)
     export(str(body), "timm", tmp_path / "y.pth")
@@ -122,6 +124,7 @@ def test_onnxruntime_reads_it(saved, images, tmp_path):
         close(session.run(["logits"], {"images": batch.numpy()})[0], model, batch)
     said = session.get_modelmeta().custom_metadata_map
     assert (json.loads(said["mean"]), json.loads(said["std"]), said["size"]) == (MEAN, STD, "160")
+    assert json.loads(said["classes"]) == list("abcde")
 
 
 def test_stride_in_the_1x1_goes_along(saved, images, tmp_path):

@@ -20,6 +20,7 @@ from common.data.types import ImageSet
 from common.errors import UserError, run_main
 from common.mixing import ALL_METHODS
 from pretrain import evaluate, report
+from pretrain.class_order import match_classes
 from pretrain.run import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,7 +193,10 @@ def test_evaluate_takes_any_checkpoint_and_checks_its_classes(class_folders, tmp
     body = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
     torch.save({**resnet18(num_classes=7).state_dict(), **body}, tmp_path / "seven.pth")
     torch.save(resnet18(num_classes=7).state_dict(), tmp_path / "untrained.pth")
+    cifar = {**resnet18(num_classes=3).state_dict(), "conv1.weight": torch.zeros(64, 3, 3, 3)}
+    torch.save(cifar, tmp_path / "cifar.pth")
     for file, message in {
+        "cifar.pth": r"a CIFAR network \(.*takes those of pretrain/run.py",
         "seven.pth": "classifies 7 classes, the data has 3",
         "untrained.pth": "never trained",
     }.items():
@@ -203,12 +207,12 @@ def test_evaluate_takes_any_checkpoint_and_checks_its_classes(class_folders, tmp
 def test_a_network_of_1000_classes_is_scored_on_part_of_imagenet(tmp_path):
     names = ("n01440764", "n02102040", "n03888257")  # tench, English springer, parachute: 0, 217, 701
     write_class_folders(tmp_path / "part", per_class=2, classes=names)
-    index = evaluate.class_index({"num_classes": 1000}, names, "any")
-    assert index.tolist() == [0, 217, 701]
+    order = match_classes({"num_classes": 1000}, names, "any")
+    assert order.index.tolist() == [0, 217, 701] and not order.notes
     with pytest.raises(UserError, match="does not know class 'n00000000'"):
-        evaluate.class_index({"num_classes": 1000}, ("n00000000",), "any")
+        match_classes({"num_classes": 1000}, ("n00000000",), "any")
     with pytest.raises(UserError, match="classifies 1000 classes, the data has 2"):
-        evaluate.class_index({"num_classes": 1000}, ("cat", "dog"), "any")
+        match_classes({"num_classes": 1000}, ("cat", "dog"), "any")
 
 
 def test_numbers_of_the_report():
