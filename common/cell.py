@@ -25,7 +25,7 @@ from filelock import BaseFileLock, Timeout
 from common.backbone import Backbone
 from common.engine import barrier, hardware, is_main, peak_memory, resolve_precision
 from common.errors import UserError
-from common.files import file_digest, make_folder, read_json, write_json, write_npz, write_text
+from common.files import file_digest, fitting_name, make_folder, read_json, write_json, write_npz, write_text
 from common.keys import ROOT, code_hash, differences, stage_inputs, stage_keys
 from common.locks import holder, lock
 from common.recipe import STAGES, Recipe, to_json
@@ -66,7 +66,8 @@ class Identity:
         """DATA/TASK/MODEL/RECIPE/BACKBONE/seedK."""
         recipe = self.recipe + (f"+limit={self.limit}" if self.limit else "")
         recipe += f"+val={self.val_share:g}" if self.val_share else ""
-        return Path(self.data, self.task, self.model, recipe, self.backbone, f"seed{self.seed}")
+        parts = (self.data, self.task, self.model, recipe, self.backbone, f"seed{self.seed}")
+        return Path(*map(fitting_name, parts))
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.arguments import Parser, whole
 from common.errors import UserError, run_main
-from common.files import make_folder, write_json, write_text
+from common.files import make_folder, user_path, write_json, write_text
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def demo_arguments(demo: argparse.ArgumentParser) -> None:
     from common.board.tasks import TASKS
     from common.trunk import ARCHS
 
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
+    demo.add_argument("--out", type=user_path, default=Path("demo"), help="output folder (default: demo)")
     demo.add_argument(
         "--recipe", default="tiny", help="recipe of every cell: tiny, or smoke for a quick look"
     )
@@ -75,24 +75,24 @@ def rerun_arguments(rerun: argparse.ArgumentParser) -> None:
 
 
 def board_arguments(board: argparse.ArgumentParser) -> None:
-    board.add_argument("folder", type=Path, help="results folder, e.g. results or demo")
+    board.add_argument("folder", type=user_path, help="results folder, e.g. results or demo")
     board.add_argument("--baseline", default="baseline", help="the backbone that differences are taken to")
     for kind, what in (("json", "JSON"), ("csv", "CSV"), ("markdown", "Markdown"), ("latex", "LaTeX")):
-        board.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"also write it as {what}")
+        board.add_argument(f"--{kind}", type=user_path, metavar="FILE", help=f"also write it as {what}")
     board.add_argument(
-        "--methods", type=Path, metavar="FILE", help="write the methods paragraph, .md or .tex"
+        "--methods", type=user_path, metavar="FILE", help="write the methods paragraph, .md or .tex"
     )
     board.add_argument("--mean-rank", action="store_true", help="one number a backbone, too: its mean rank")
 
 
 def report_arguments(report: argparse.ArgumentParser) -> None:
-    report.add_argument("folder", type=Path, help="results folder, e.g. results or demo")
-    report.add_argument("--out", type=Path, help="the file (default: FOLDER/report.html)")
+    report.add_argument("folder", type=user_path, help="results folder, e.g. results or demo")
+    report.add_argument("--out", type=user_path, help="the file (default: FOLDER/report.html)")
     report.add_argument("--baseline", default="baseline", help="the backbone that differences are taken to")
 
 
 def list_arguments(listing: argparse.ArgumentParser) -> None:
-    listing.add_argument("folder", type=Path, help="results folder, e.g. results or demo")
+    listing.add_argument("folder", type=user_path, help="results folder, e.g. results or demo")
 
 
 def export_arguments(exporting: argparse.ArgumentParser) -> None:
@@ -101,7 +101,7 @@ def export_arguments(exporting: argparse.ArgumentParser) -> None:
 
     exporting.add_argument("backbone", help="a checkpoint file, torchvision:NAME or timm:NAME")
     exporting.add_argument("--to", required=True, choices=TARGETS, help="the library")
-    exporting.add_argument("--out", type=Path, required=True, help="the file")
+    exporting.add_argument("--out", type=user_path, required=True, help="the file")
     reading_arguments(exporting)
 
 
@@ -117,7 +117,7 @@ def verify_arguments(verify: argparse.ArgumentParser) -> None:
 
 def fetch_arguments(fetch: argparse.ArgumentParser) -> None:
     fetch.add_argument("name", help="cifar10, cifar100, voc0712, coco2014, cub, imagenette-160, imagenet …")
-    fetch.add_argument("--root", type=Path, default=Path("data"), help="where to (default: data)")
+    fetch.add_argument("--root", type=user_path, default=Path("data"), help="where to (default: data)")
     fetch.add_argument(
         "--url-base", metavar="URL", help="a mirror: replaces all but the file name of each URL"
     )

@@ -64,6 +64,24 @@ def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
     write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
 
+def user_path(text: str) -> Path:
+    """A path of the command line or of a file of the user's, its `~` expanded. UserError where that is nobody's."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{text}: there is no such user; write ./{text} for a name that begins with ~"
+        ) from None
+
+
+def fitting_name(text: str, longest: int = 255) -> str:
+    """`text` as the name of a file or folder: as it is where it fits, else its beginning and a digest of the whole."""
+    data = text.encode(errors="surrogateescape")
+    if len(data) <= longest:
+        return text
+    return f"{data[: longest - 17].decode(errors='ignore')}~{digest(text)}"
+
+
 def read_json(path: Path | str) -> Any:
     """Read a JSON file. Raises UserError naming the file and the place when it is missing or malformed."""
     path = Path(path)

@@ -37,7 +37,7 @@ from common.crops import test_images
 from common.data import open_classification
 from common.engine import is_main, pick_device
 from common.errors import run_main
-from common.files import digest, file_and_choice, write_npz
+from common.files import digest, file_and_choice, fitting_name, write_npz
 from common.recipe import label, override
 from common.transfer import data_or_world, reading, reading_arguments
 from pretrain.class_order import check_order, class_order_argument, match_classes, names_in
@@ -58,10 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     seed = facts.get("seed") or 0
     name = args.name or facts["method"].replace("/", "_")
     recipe_label = label("evaluate", [f"recipe={args.recipe}"] * bool(args.recipe) + args.set, recipe)
+    place = (test_set.name, "classification", facts["arch"], recipe_label, name)
     run = open_run(
-        args.out / Path(test_set.name, "classification", facts["arch"], recipe_label, name, f"seed{seed}"),
+        args.out / Path(*map(fitting_name, (*place, f"seed{seed}"))),
         identity=Identity(
-            *(test_set.name, "classification", facts["arch"], recipe_label, name, seed),
+            *place,
+            seed,
             **{"group": name, "method": facts["method"], "arch": facts["arch"], "limit": args.limit},
         ),
         task="classification",

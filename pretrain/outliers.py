@@ -14,7 +14,7 @@ from common.data.layout import EXTENSIONS, Report, files_below, found, need_fold
 from common.data.spec import OPTIONS
 from common.data.types import ImageSet
 from common.errors import UserError
-from common.files import digest
+from common.files import digest, user_path
 from pretrain.recipes import RobustnessRecipe
 from pretrain.stress import noise
 
@@ -97,13 +97,14 @@ def _open(spec: str, most: int, skip_bad: bool) -> Outliers:
         raise UserError(f"--ood {spec}: write {', '.join(NOISE)}, NAME=folder:DIR or NAME=KIND:PATH")
     if name in NOISE:
         raise UserError(f"--ood {spec}: {name} is the built-in noise; give the set another name")
-    fit = next((fit for fit in FITS if rest.endswith(f",{fit}")), "")
+    there = user_path(rest.removeprefix("folder:")).is_dir()  # a folder may be named so
+    fit = next((fit for fit in FITS if rest.endswith(f",{fit}") and not there), "")
     rest = rest.removesuffix(f",{fit}") if fit else rest
     kind, _, path = rest.partition(":")
     if kind in OPTIONS and kind != "folder":
         images = open_classification(parse_data(rest), None, skip_bad)[1]
     else:
-        images = _folder(Path(path if kind == "folder" else rest).expanduser(), spec, skip_bad)
+        images = _folder(user_path(path if kind == "folder" else rest), spec, skip_bad)
     images = images.subset(most)
     return Outliers(short_name(name), len(images), digest(images.fingerprint, fit), images, fit)
 

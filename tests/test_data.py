@@ -39,6 +39,40 @@ def test_parse_data():
     assert parse_data("folder:/data/a=b,val=test").path == "/data/a=b"
 
 
+def test_names_with_commas_and_equal_signs_are_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b", "val=1", "one, two=2,ünï", "own,name=x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a=b" / "c,d.csv").touch()
+    assert parse_data("folder:a=b").path == "a=b" and parse_data("folder:val=1").path == "val=1"
+    spec = parse_data("folder:one, two=2,ünï,val=test,name=x")
+    assert (spec.path, spec.options) == ("one, two=2,ünï", {"val": "test", "name": "x"})
+    spec = parse_data("folder:a=b,boxes=c,d.csv,boxes_split=val")  # a file in the folder
+    assert (spec.path, spec.options) == ("a=b", {"boxes": "c,d.csv", "boxes_split": "val"})
+    assert parse_data("folder:own,name=x").path == "own,name=x"
+    fails(lambda: parse_data("folder:b=a"), "'b' is no option of folder, and nothing is called 'b=a'")
+    fails(lambda: parse_data("coco:images=a=b,x"), "'x' is not key=value")
+    assert (
+        parse_data("voc:V,classes=" + "+".join(f"class{i}" for i in range(99))).options["classes"][:6]
+        == "class0"
+    )
+    fails(lambda: parse_data("folder:~nobody-of-this-name/x"), "there is no such user")
+
+
+def test_data_is_named_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "b.csv").touch()
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert str(parse_data("folder:x,boxes=b.csv,val=train").absolute()) == (
+        f"folder:{tmp_path}/x,boxes={tmp_path}/b.csv,val=train"
+    )
+    assert str(parse_data("captions:karpathy=b.csv,test=train").absolute()) == (
+        f"captions:karpathy={tmp_path}/b.csv,test=train"
+    )
+    assert str(parse_data("voc:x,train=train").absolute()) == f"voc:{tmp_path}/x,train=train"
+    assert str(parse_data("scenes").absolute()) == "scenes"
+
+
 @pytest.mark.parametrize(
     "text, parts",
     [

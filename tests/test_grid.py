@@ -14,8 +14,8 @@ import pytest
 from common.board.grid import places, run_jobs, visible_gpus
 from common.board.plan import (
     Job,
-    jobs_to_json,
 )
+from common.board.plan_file import jobs_to_json
 from common.board.records import may_retry, read_record
 from common.keys import ROOT
 
@@ -189,7 +189,7 @@ def test_a_grid_that_dies_leaves_no_cell_behind_and_goes_on(fake, tmp_path, numb
     job = fake("a/sleeps", "sleeps")
     script = (
         "import json, sys; from pathlib import Path\n"
-        "from common.board.grid import run_jobs; from common.board.plan import jobs_of_json\n"
+        "from common.board.grid import run_jobs; from common.board.plan_file import jobs_of_json\n"
         f"run_jobs(jobs_of_json(json.loads({json.dumps(json.dumps(jobs_to_json([job])))})), Path({str(tmp_path)!r}))"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}

@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import fails
 from planned_cells import save, smoke
 
 from common.board import sweep
 from common.board.commands import grid_of_arguments
 from common.board.plan import (
     grid_of,
-    jobs_of_json,
-    jobs_to_json,
     name_group,
     only,
     parse_backbone,
@@ -21,9 +20,11 @@ from common.board.plan import (
     plan_tasks,
     read_grid,
 )
+from common.board.plan_file import jobs_of_json, jobs_to_json
+from common.cell import Identity
 from common.cli import arguments
 from common.errors import UserError
-from common.files import write_json
+from common.files import fitting_name, write_json
 
 pytest_plugins = ["planned_cells"]  # its fixtures
 
@@ -135,6 +136,100 @@ def test_toml_and_options_give_the_same_grid(tmp_path, monkeypatch):
     assert parse_backbone("scratch:resnet50") == ("", ("scratch:resnet50",))
 
 
+def test_paths_of_a_grid_count_from_its_file_and_those_of_options_from_where_they_are_given(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "plans").mkdir()
+    text = 'backbones = ["a.pt"]\nout = "there"\n[data]\nwsol = "folder:pets"\n'
+    (tmp_path / "plans" / "grid.toml").write_text(text, encoding="utf-8-sig")  # with a byte-order mark
+    monkeypatch.chdir(tmp_path)
+    grid = grid_of_arguments(arguments("run").parse_args(["run", "plans/grid.toml"]))
+    assert Path.cwd() == tmp_path and grid.out == tmp_path / "plans/there"
+    assert grid.backbones == (("", (str(tmp_path / "plans/a.pt"),)),)
+    assert grid.data == {"wsol": f"folder:{tmp_path}/plans/pets"}
+    options = ["--out", "here", "--backbones", "b.pt", "--data", "detection=voc:V"]
+    grid = grid_of_arguments(arguments("run").parse_args(["run", "plans/grid.toml", *options]))
+    assert grid.out == tmp_path / "here" and grid.data == {"detection": f"voc:{tmp_path}/V"}
+    assert grid.backbones == (("", (str(tmp_path / "b.pt"),)),)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert grid_of({"backbones": ["a"], "out": "~/r"}).out == tmp_path / "home/r"
+
+
+def test_a_backbone_is_the_file_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = (
+        "runs/epoch=99-step=1000.ckpt",
+        "epoch=5.ckpt",
+        "a,b.pt",
+        "c.pt",
+        "ünï code.pt",
+        "-x.pt",
+        "g=1,2.pt",
+    )
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+        assert parse_backbone(name) == ("", (name,))
+    several = ("epoch=5.ckpt", "a,b.pt", "scratch:resnet50", "c.pt", "ünï code.pt")
+    assert parse_backbone(",".join(several)) == ("", several)
+    assert parse_backbone("mine=" + ",".join(several)) == ("mine", several)
+    assert parse_backbone("mine=runs/epoch=99-step=1000.ckpt") == ("mine", names[:1])
+    assert parse_backbone("mine=a.pt,c.pt,") == (
+        "mine",
+        ("a.pt", "c.pt"),
+    )  # a.pt is not there: its loading says so
+    assert parse_backbone("runs/epoch=1.ckpt") == ("", ("runs/epoch=1.ckpt",))
+    Path("5.ckpt").touch()
+    fails(lambda: parse_backbone("epoch=5.ckpt"), "is it epoch=5.ckpt or 5.ckpt of epoch?", "./")
+    assert parse_backbone("./epoch=5.ckpt") == ("", ("./epoch=5.ckpt",))
+    assert parse_backbone("epoch=./5.ckpt") == ("epoch", ("./5.ckpt",))
+    fails(lambda: parse_backbone("mine="), "no file in it")
+    for group in ("..", "a/b", "-g"):
+        fails(
+            lambda group=group: grid_of({"backbones": {group: "c.pt"}}),
+            f"backbones {group}: cannot name a group",
+        )
+
+
+def test_a_plan_of_files_with_odd_names(tmp_path, facts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "epoch=99-step=1000.ckpt")
+    save(tmp_path / "99-step=1000.ckpt", "cutmix", 3)
+    Path("99-step=1000.ckpt").rename("other.pt")
+    grid = grid_of({"backbones": ["epoch=99-step=1000.ckpt", "mine=other.pt"], "recipe": "smoke"})
+    backbones = [one for group, specs in grid.backbones for one in name_group(group, specs, facts)]
+    assert [(b.spec, b.group, b.label) for b in backbones] == [
+        (str(tmp_path / "epoch=99-step=1000.ckpt"), "", "epoch=99-step=1000"),
+        (str(tmp_path / "other.pt"), "mine", "mine"),
+    ]
+
+
+def test_many_settings_give_a_folder_whose_name_fits(tmp_path, facts):
+    """The cell stands where the plan says, and where names fitted before they are what they were."""
+    fields = [
+        f"{name}=1.0000000000" for name in ("lr", "momentum", "gamma", "weight_decay", "clip_grad", "head_lr")
+    ]
+    for settings in (fields[:5], fields + ["milestones=" + "1+" * 90]):
+        grid = smoke(tmp_path, set=dict(one.split("=") for one in settings))
+        (job,) = plan_tasks(grid, name_group("", ["scratch:resnet18_half"], facts), ["wsol"], facts)
+        label = "+".join(["smoke", *sorted(settings)])
+        identity = Identity("scenes-smoke", "wsol", "cam", label, "scratch", 0)
+        assert job.folder == tmp_path / "results" / identity.path
+        name = job.folder.parts[-3]
+        assert (name == label) == (len(label) <= 255) and len(name.encode()) <= 255
+        job.folder.mkdir(parents=True)
+    assert name.startswith("smoke+clip_grad=1.0") and fitting_name(name) == name
+    assert fitting_name("ä" * 127) == "ä" * 127 and len(fitting_name("ä" * 128).encode()) <= 255
+    assert fitting_name("x" * 300) != fitting_name("x" * 301)
+
+
+def test_a_swept_field_with_a_list_of_values_is_left_out_of_the_label_whole(tmp_path, facts):
+    grid = smoke(tmp_path, sweep="milestones=1+2,1+3", set={"lr": "0.1"})
+    backbones = name_group("", ["scratch:resnet18_half"], facts)
+    (job,) = plan_tasks(grid, backbones, ["wsol"], facts, ("milestones=1+3",), swept=grid.sweep)
+    assert job.folder.parents[1].name == "smoke+lr=0.1+milestones=best_of_1+2_1+3"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -172,7 +267,7 @@ def test_a_sweep_gives_every_backbone_the_same_trials_and_one_label(tmp_path, fa
         score = [0.1, 0.1, 0.3, 0.2, 0.2, 0.25][number]
         write_json_cell(job.folder, {"metrics": {"Top-1 Loc": score}, "primary": "Top-1 Loc"})
     chosen = {job.name: job for job in sweep.plan_chosen(grid, backbones, ["wsol"], facts)}
-    assert {name: job.recipe[3] for name, job in chosen.items()} == {
+    assert {name: job.recipe[4] for name, job in chosen.items()} == {
         "wsol/cam/mine/seed0": ("lr=0.01",),
         "wsol/cam/scratch/seed0": ("lr=0.001",),
     }

@@ -17,7 +17,8 @@ import pytest
 from common.board import slurm
 from common.board.facts import Facts
 from common.board.grid import run_jobs
-from common.board.plan import Backbone, Grid, Job, jobs_to_json, plan_tasks
+from common.board.plan import Backbone, Grid, Job, plan_tasks
+from common.board.plan_file import jobs_to_json
 from common.board.records import read_record
 from common.board.status import look_at
 from common.errors import UserError
@@ -29,7 +30,7 @@ import json, sys
 from pathlib import Path
 from common.board import slurm
 from common.board.grid import has_cell
-from common.board.plan import jobs_of_json
+from common.board.plan_file import jobs_of_json
 
 jobs, records, parameters = json.loads(Path(sys.argv[1]).read_text())
 outcomes = slurm.run_slurm(jobs_of_json(jobs), Path(records), parameters, has_cell)

@@ -14,10 +14,20 @@ from planned_cells import finish, look, save
 from common.board import preflight
 from common.board.commands import status, to_run
 from common.board.facts import Facts
-from common.board.plan import expected_inputs, pretrain_job
-from common.board.records import write_record
+from common.board.plan import (
+    Grid,
+    Pretraining,
+    expected_inputs,
+    name_group,
+    plan_pretrainings,
+    plan_tasks,
+    pretrain_job,
+)
+from common.board.plan_file import plan_file, write_plan
+from common.board.records import record_file, write_record
 from common.board.status import Status, status_lines, summary_line
 from common.errors import UserError
+from common.files import read_json, write_json
 from common.keys import ROOT, stage_keys
 
 pytest_plugins = ["planned_cells"]  # its fixtures
@@ -98,6 +108,59 @@ def test_status_of_an_image_edited_in_place(tmp_path, facts, class_folders):
     image.write_bytes(content + b"\0")
     status = look(job, tmp_path, Facts(facts.file))
     assert (status.state, status.stage) == ("stale", "predict")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_results_folder_is_read_where_it_lies(tmp_path, facts, capsys, monkeypatch, told):
+    """A copy shows its own cells, a moved folder is what it was; so are plans that do not say where they were made."""
+    monkeypatch.setattr("common.board.commands.Facts", lambda: Facts(facts.file))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "results"
+    grid = Grid(recipe="smoke", out=out, pretrain=(Pretraining("cutmix"),))
+    jobs, backbones = plan_pretrainings(grid, facts)
+    backbones += name_group("", ["scratch:resnet18_half"], facts)
+    file = save(jobs[0].writes, "cutmix", 0)
+    jobs += plan_tasks(grid, backbones, ["wsol"], facts)
+    (out / "grid").mkdir()
+    write_plan(out, jobs)
+    if not told:
+        plan = read_json(plan_file(out))
+        write_json(plan_file(out), {k: v for k, v in plan.items() if k != "out"})
+    for job in jobs:
+        finish(job, facts)
+        write_record(out / "grid", job, "done")
+
+    def seen(folder):
+        capsys.readouterr()
+        status(Namespace(grid=folder, all=False))
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert seen(out) == "3 cells: 3 done"
+    copy = tmp_path / "elsewhere" / "copied"
+    shutil.copytree(out, copy)
+    *_, last = jobs  # of random weights
+    (copy / last.folder.relative_to(out) / "cell.json").unlink()
+    assert seen(copy) == "3 cells: 2 done, 1 to do" and seen(out) == "3 cells: 3 done"
+    write_record(out / "grid", last, "running", pid=os.getpid())
+    monkeypatch.setattr("common.board.status.at_work", lambda record, job: record.get("state") == "running")
+    shutil.copy(record_file(out / "grid", last), copy / "grid")
+    assert seen(copy) == "3 cells: 2 done, 1 to do" and "1 running" in seen(out)
+    write_record(out / "grid", last, "done")
+    save(copy / "pretrain" / "cutmix" / "cutmix.pt", "cutmix", 5)  # other weights in the copy alone
+    assert "1 stale" in seen(copy) and seen(out) == "3 cells: 3 done"
+    (tmp_path / "results").rename(tmp_path / "moved")
+    assert not (tmp_path / file).exists() and seen(tmp_path / "moved") == "3 cells: 3 done"
+
+
+def test_status_of_results_whose_data_is_elsewhere(tmp_path, facts, class_folders):
+    data = tmp_path / "data"
+    shutil.copytree(class_folders, data)
+    job = pretrain_job("cutmix", tmp_path / "p", recipe="smoke", arch="resnet18_half", data=f"folder:{data}")
+    finish(job, facts)
+    job.writes.touch()
+    data.rename(tmp_path / "gone")
+    found = look(job, tmp_path, Facts(facts.file))
+    assert found.state == "done" and "not checked" in found.why[0] and str(data) in found.why[0]
 
 
 def test_status_failed_running_and_to_do(tmp_path, facts, finished):

@@ -1,7 +1,6 @@
 """The subcommands of the grid: run, status, rerun."""
 
 import argparse
-import os
 import shlex
 import time
 from dataclasses import replace
@@ -14,19 +13,18 @@ from common.board.plan import (
     Grid,
     Job,
     grid_of,
-    jobs_to_json,
     name_group,
     only,
-    plan_file,
     plan_pretrainings,
     plan_tasks,
     read_grid,
 )
-from common.board.status import STATES, Status, look_at, read_jobs, status_lines, summary_line
+from common.board.plan_file import plan_file, read_plan, write_plan
+from common.board.status import STATES, Status, look_at, status_lines, summary_line
 from common.board.sweep import plan_chosen, plan_sweep
 from common.board.tasks import TASKS, expand_tasks
 from common.errors import UserError
-from common.files import make_folder, write_json
+from common.files import make_folder, user_path, write_json
 
 FILES_HELP = """
 The folder can be copied into another one's: cells that both have are the same cells. In pandas:
@@ -43,7 +41,7 @@ than it was made of. What is inside an image is in no key: one that was written 
 def run_arguments(run: argparse.ArgumentParser) -> None:
     """The arguments of `backbench run`; the same names are the keys of a TOML file."""
     run.epilog = FILES_HELP
-    run.add_argument("grid", nargs="?", type=Path, help="a TOML file with the options below as keys")
+    run.add_argument("grid", nargs="?", type=user_path, help="a TOML file with the options below as keys")
     run.add_argument(
         "--backbones",
         nargs="+",
@@ -84,7 +82,7 @@ def run_arguments(run: argparse.ArgumentParser) -> None:
         help="choose this recipe field for each backbone and task on held-out training images",
     )
     run.add_argument("--val-share", type=float, help="the share a sweep holds out (default: 0.2)")
-    run.add_argument("--out", type=Path, help="results folder (default: results)")
+    run.add_argument("--out", type=user_path, help="results folder (default: results)")
     run.add_argument(
         "--executor",
         choices=("local", "slurm", "print"),
@@ -120,7 +118,7 @@ def status_arguments(status: argparse.ArgumentParser) -> None:
     """The arguments of `backbench status`."""
     status.epilog = STATUS_HELP
     status.add_argument(
-        "grid", type=Path, metavar="FOLDER|GRID.toml", help="a results folder, or a grid's TOML file"
+        "grid", type=user_path, metavar="FOLDER|GRID.toml", help="a results folder, or a grid's TOML file"
     )
     status.add_argument("--all", action="store_true", help="a line for every cell")
 
@@ -129,9 +127,12 @@ def rerun_arguments(rerun: argparse.ArgumentParser) -> None:
     """The arguments of `backbench rerun`."""
     rerun.add_argument("cell", help="its folder, or its name: detection/ssd300/cutmix/seed3")
     rerun.add_argument(
-        "--results", type=Path, default=Path("results"), help="where to look for a name (default: results)"
+        "--results",
+        type=user_path,
+        default=Path("results"),
+        help="where to look for a name (default: results)",
     )
-    rerun.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the new run there")
+    rerun.add_argument("--keep", type=user_path, metavar="FOLDER", help="keep the new run there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -181,7 +182,7 @@ def execute(jobs: list[Job], grid: Grid, facts: Facts, args: argparse.Namespace)
 
     out = grid.out.absolute()
     records = make_folder(out / "grid")
-    write_json(plan_file(out), {"folder": str(Path.cwd()), "jobs": jobs_to_json(jobs)})
+    write_plan(out, jobs)
     jobs = only(jobs, args.only) if args.only else jobs
     found = look_at(jobs, records, facts)
     jobs = to_run(found, strict=args.strict_code, replace_stale=args.replace_stale)
@@ -227,14 +228,16 @@ def print_commands(jobs: list[Job], pattern: str | None) -> None:
 
 
 def grid_of_arguments(args: argparse.Namespace) -> Grid:
-    """The grid of the command line: of its TOML file, the options given beside it in place of the file's."""
+    """The grid of the command line: of its TOML file, the options given beside it in place of the file's.
+
+    Paths in the file count from its folder, those of the command line from where it is given.
+    """
     content = {}
     if args.grid:
         file = args.grid.absolute()
         if not file.is_file():
             raise UserError(f"{args.grid}: no such file; a grid is a TOML file, or give --backbones")
         grid = read_grid(file)
-        os.chdir(file.parent)  # paths in the file count from its folder
         content = {name: getattr(grid, name) for name in Grid.__dataclass_fields__}
     keys = (
         "pretrain_recipe",
@@ -287,13 +290,9 @@ def status(args: argparse.Namespace) -> int:
                 f"{args.grid}: no `backbench run` has planned a grid there; give its TOML file, or list the cells "
                 f"that are there: backbench ls {args.grid}"
             )
-        jobs, content = read_jobs(plan_file(folder))
-        if Path(content["folder"]).is_dir():
-            os.chdir(content["folder"])
+        jobs = read_plan(folder)
     elif args.grid.is_file():
-        folder = args.grid.absolute().parent
         grid = read_grid(args.grid)
-        os.chdir(folder)
         pretrainings, backbones, tasks = plan_backbones(grid, facts)
         jobs, folder = plan_all(grid, pretrainings, backbones, tasks, facts), grid.out.absolute()
     else:

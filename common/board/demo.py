@@ -4,10 +4,11 @@ from pathlib import Path
 
 from common.board.facts import Facts
 from common.board.grid import Outcome, run_jobs
-from common.board.plan import Backbone, Grid, Job, jobs_to_json, plan_file, plan_tasks, pretrain_job
+from common.board.plan import Backbone, Grid, Job, plan_tasks, pretrain_job
+from common.board.plan_file import write_plan
 from common.board.status import look_at
 from common.board.tasks import READERS
-from common.files import make_folder, write_json
+from common.files import make_folder
 
 METHODS = ("baseline", "mixup", "cutout", "cutmix")  # the paper's comparison
 
@@ -21,7 +22,7 @@ def run_demo(
         facts.data(room, Grid(recipe=recipe).data_of(room))
     jobs = plan_demo(out, recipe, arch, len(seeds), tasks, facts)
     records = make_folder(out / "grid")
-    write_json(plan_file(out), {"folder": str(Path.cwd()), "jobs": jobs_to_json(jobs)})
+    write_plan(out, jobs)
 
     def is_done(job: Job) -> bool:
         return look_at([job], records, facts)[0].state == "done"

@@ -19,9 +19,13 @@ from common.data.cache import cache_folder
 from common.data.layout import EXTENSIONS
 from common.data.spec import parse_data
 from common.errors import UserError
-from common.files import digest, file_and_choice, read_json, write_json
+from common.files import digest, file_and_choice, read_json, user_path, write_json
 from common.keys import ROOT, code_files, code_hash
 
+TORCHRUN = (  # what torchrun tells its processes; a cell that finds it would wait for the others
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
 LIBRARIES = ("torchvision", "timm", "scratch")
 LOADING = ("backbone", "checkpoint", "declared", "files", "find_resnet", "network_choice", "trunk")
 
@@ -173,7 +177,7 @@ class Facts:
 
 def backbone_file(spec: str) -> Path | None:
     """The file a backbone spec names, or None: a library's model, random weights."""
-    return None if spec.partition(":")[0] in LIBRARIES else Path(file_and_choice(spec)[0]).expanduser()
+    return None if spec.partition(":")[0] in LIBRARIES else user_path(file_and_choice(spec)[0])
 
 
 def recipe_files(room: str) -> list[Path]:
@@ -183,9 +187,10 @@ def recipe_files(room: str) -> list[Path]:
 
 
 def child_env(**more: str) -> dict[str, str]:
-    """The environment in which a cell's process finds this project, and writes UTF-8."""
+    """The environment in which a cell's process finds this project, alone (nothing of a torchrun), and writes UTF-8."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **more}
+    kept = {k: v for k, v in os.environ.items() if k not in TORCHRUN and not k.startswith("TORCHELASTIC_")}
+    return {**kept, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **more}
 
 
 def _read_recipes(asked: list) -> list[dict[str, Any]]:

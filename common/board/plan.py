@@ -1,17 +1,19 @@
 """The plan of a grid: what is asked for, on the command line or in a TOML file, and the jobs it comes to."""
 
+import contextlib
 import dataclasses
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from common.board.facts import Facts, backbone_file
 from common.board.tasks import TASKS
+from common.data.spec import parse_data
 from common.errors import UserError
-from common.files import file_and_choice
+from common.files import file_and_choice, fitting_name, user_path
 from common.keys import stage_inputs
 
 ROOMS = ("detection", "captioning", "wsol", "classification")
@@ -111,22 +113,23 @@ def read_grid(file: Path) -> Grid:
     """A grid from TOML: the options of `backbench run` as keys, tables [backbones], [data], [set], [pretrain],
     [slurm].
 
-    Raises UserError naming the file and the key for anything unknown or misshapen.
+    Paths in it count from its folder. Raises UserError naming the file and the key for anything unknown or misshapen.
     """
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid TOML ({error})") from None
     try:
-        return grid_of({key.replace("-", "_"): value for key, value in content.items()})
+        with contextlib.chdir(file.absolute().parent):
+            return grid_of({key.replace("-", "_"): value for key, value in content.items()})
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def grid_of(content: dict[str, Any]) -> Grid:
-    """A grid of plain values. Raises UserError naming the key."""
+    """A grid of plain values, its paths made absolute. Raises UserError naming the key."""
     known = {f.name: f for f in dataclasses.fields(Grid)}
     made: dict[str, Any] = {}
     for key, value in content.items():
@@ -135,7 +138,7 @@ def grid_of(content: dict[str, Any]) -> Grid:
         default = getattr(Grid(), key)
         wanted = Path if isinstance(default, Path) else type(default)
         if wanted is Path and isinstance(value, str):
-            value = Path(value)
+            value = user_path(value)
         elif wanted is float and isinstance(value, int):
             value = float(value)
         elif key == "tasks" and isinstance(value, str):
@@ -152,6 +155,17 @@ def grid_of(content: dict[str, Any]) -> Grid:
     for room in grid.data:
         if room not in ROOMS:
             raise UserError(f"data {room}: unknown; it is one of {', '.join(ROOMS)}")
+    grid = replace(
+        grid,
+        out=grid.out.expanduser().absolute(),
+        data={room: str(parse_data(str(spec)).absolute()) for room, spec in grid.data.items()},
+        backbones=tuple((group, tuple(map(absolute_spec, specs))) for group, specs in grid.backbones),
+    )
+    for group, _ in grid.backbones:
+        if "/" in group or group in (".", "..") or group.startswith("-"):
+            raise UserError(
+                f"backbones {group}: cannot name a group, whose results stand in a folder of that name"
+            )
     for key in grid.set:
         place = key.rpartition(".")[0]
         if place not in ("", "pretrain", *TASKS, *(task.room for task in TASKS.values())):
@@ -192,13 +206,49 @@ def _flat(table: dict[str, Any]) -> dict[str, str]:
 
 
 def parse_backbone(text: str) -> tuple[str, tuple[str, ...]]:
-    """`[GROUP=]SPEC[,SPEC …]` → (group or "", specs)."""
-    group, equals, specs = text.partition("=")
-    group, specs = (group, specs) if equals else ("", text)
-    found = tuple(spec for spec in specs.split(",") if spec)
-    if not found:
+    """`[GROUP=]SPEC[,SPEC …]` → (group or "", specs).
+
+    A file's own name may hold `=` and `,`: the text is read so that all its files are there. Raises UserError where it
+    can be read so in two ways.
+    """
+    group, equals, rest = text.partition("=")
+    named = bool(equals) and "/" not in group  # what holds a / is a path
+    plain = [("", specs) for specs in _readings(text.split(","))]
+    grouped = [(group, specs) for specs in _readings(rest.split(","))] if named else []
+    found = [one for one in (*plain, *grouped) if one[1]]
+    if len(found) > 1:
+        ways = " or ".join(f"{' and '.join(specs)}{f' of {name}' * bool(name)}" for name, specs in found)
+        raise UserError(
+            f"--backbones {text}: is it {ways}? All are there; write ./ before the name of a file, or [backbones] in a "
+            "TOML file"
+        )
+    if not found:  # something is not there, which its loading says
+        specs = rest if named else text
+        found = [(group if named else "", tuple(spec for spec in specs.split(",") if spec))]
+    if not found[0][1]:
         raise UserError(f"--backbones {text}: no file in it; write [GROUP=]FILE[,FILE …]")
-    return group, found
+    return found[0]
+
+
+def _readings(pieces: list[str]) -> list[tuple[str, ...]]:
+    """The ways to join what stands between commas to specs of which every file is there."""
+    if not any(pieces):
+        return [()]
+    if not pieces[0]:
+        return _readings(pieces[1:])
+    found = []
+    for count in range(1, len(pieces) + 1):
+        head = ",".join(pieces[:count])
+        file = backbone_file(head)
+        if (file is None and count == 1) or (file is not None and file.is_file()):
+            found += [(head, *tail) for tail in _readings(pieces[count:])]
+    return found
+
+
+def absolute_spec(spec: str) -> str:
+    """A backbone spec that names the same file, and the same weights in it, from any folder."""
+    file = backbone_file(spec)
+    return str(file.absolute()) + spec[len(file_and_choice(spec)[0]) :] if file else spec
 
 
 def parse_pretrain(text: str) -> Pretraining:
@@ -277,12 +327,7 @@ def name_group(group: str, specs: Sequence[str], facts: Facts) -> list[Backbone]
     Several files are pretraining seeds: told apart by the seeds they state, else by their order. Raises UserError
     when two of them are the same weights or state the same seed.
     """
-    specs = [
-        str(file.absolute()) + spec[len(file_and_choice(spec)[0]) :]
-        if (file := backbone_file(spec))
-        else spec
-        for spec in specs
-    ]
+    specs = [absolute_spec(spec) for spec in specs]
     found = [facts.backbone(spec) for spec in specs]
     seen: dict[Any, str] = {}
     for spec, fact in zip(specs, found) if len(specs) > 1 else ():
@@ -323,7 +368,7 @@ def plan_tasks(
     """
     out, backbones = grid.out.absolute(), list(backbones)
     asked = {task: grid.settings_of(task, settings) for task in tasks}
-    recipes = {task: (TASKS[task].room, TASKS[task].model, grid.recipe, asked[task], ()) for task in tasks}
+    recipes = {task: _recipe(task, grid.recipe, asked[task], swept) for task in tasks}
     labels = dict(zip(tasks, (found["label"] for found in facts.recipes(list(recipes.values())))))
     jobs: dict[str, Job] = {}
     for seed in range(grid.seeds):
@@ -341,9 +386,10 @@ def plan_tasks(
                 ):
                     command += (option, str(value)) if value else ()
                 command += tuple(part for setting in asked[name] for part in ("--set", setting))
-                label = _cell_label(grid.recipe, labels[name], swept, grid.limit, val_share)
+                label = _cell_label(labels[name], swept, grid.limit, val_share)
                 place = facts.data(task.room, data, grid.limit)["name"]
-                path = Path(place, task.room, task.model, label, backbone.label, f"seed{seed}")
+                parts = (place, task.room, task.model, label, backbone.label, f"seed{seed}")
+                path = Path(*map(fitting_name, parts))
                 shown = f"{task.room}/{task.model}/{backbone.label}/seed{seed}"
                 if shown in jobs:
                     raise UserError(
@@ -367,12 +413,18 @@ def plan_tasks(
     return list(jobs.values())
 
 
-def _cell_label(recipe: str, label: str, swept: str, limit: int, val_share: float) -> str:
+def _recipe(task: str, name: str, settings: tuple[str, ...], swept: str) -> tuple[Any, ...]:
+    """What `Facts.recipes` takes; the field that was swept is no part of the label."""
+    field_name = swept.partition("=")[0]
+    chosen = tuple(one for one in settings if swept and one.partition("=")[0] == field_name)
+    return TASKS[task].room, TASKS[task].model, name, tuple(s for s in settings if s not in chosen), chosen
+
+
+def _cell_label(label: str, swept: str, limit: int, val_share: float) -> str:
     """The recipe's part of a cell's path, as `common.transfer` and `Identity.path` write it."""
     if swept:
         field_name, _, values = swept.partition("=")
-        others = [s for s in label.split("+")[1:] if not s.startswith(f"{field_name}=")]
-        label = "+".join([recipe, *others]) + f"+{field_name}=best_of_{values.replace(',', '_')}"
+        label += f"+{field_name}=best_of_{values.replace(',', '_')}"
     label += f"+limit={limit}" if limit else ""
     return label + (f"+val={val_share:g}" if val_share else "")
 
@@ -399,31 +451,3 @@ def only(jobs: list[Job], pattern: str) -> list[Job]:
         raise UserError(f"--only {pattern}: matches none of {len(jobs)} cells, e.g. {jobs[0].name}")
     names = {job.name for job in chosen} | {job.needs for job in chosen}
     return [job for job in jobs if job.name in names]
-
-
-def plan_file(out: Path) -> Path:
-    """Where a results folder keeps the plan of its grid."""
-    return out / "grid" / "plan.json"
-
-
-def jobs_to_json(jobs: list[Job]) -> list[dict[str, Any]]:
-    """Plain values of jobs."""
-    return [
-        {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(job).items()} for job in jobs
-    ]
-
-
-def jobs_of_json(content: list[dict[str, Any]]) -> list[Job]:
-    """The jobs of `jobs_to_json`."""
-    made = []
-    for entry in content:
-        room, model, name, settings, fixed = entry["recipe"] or ("", "", "", (), ())
-        entry = {
-            **entry,
-            "command": tuple(entry["command"]),
-            "folder": Path(entry["folder"]),
-            "recipe": (room, model, name, tuple(settings), tuple(fixed)) if room else (),
-            "writes": Path(entry["writes"]) if entry["writes"] else None,
-        }
-        made.append(Job(**entry))
-    return made

@@ -8,14 +8,15 @@ from typing import Any
 
 from common.board.plan import Job
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import fitting_name, read_json, write_json
 
 REQUEUE = 75  # a cell's exit code after a signal: a checkpoint is there, the same command goes on
 
 
 def record_file(records: Path, job: Job) -> Path:
     """A job's record; its log lies beside it, ending in .log."""
-    return records / (job.name.replace("/", "~") + ".json")
+    name = fitting_name(job.name.replace("/", "~"), 235)  # it is written under a longer name, then renamed
+    return records / f"{name}.json"
 
 
 def read_record(records: Path, job: Job) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from common.board.facts import Facts
 from common.board.plan import Job, expected_inputs
 from common.board.records import at_work, read_record, record_file
 from common.errors import UserError
-from common.files import read_json
 from common.keys import differences, stage_keys
 from common.recipe import STAGES
 
@@ -63,6 +62,10 @@ class _Expected:
 
 def _look(job: Job, records: Path, expected: _Expected, queue: dict[str, str], locked: set[int]) -> Status:
     record = read_record(records, job)
+    if (
+        Path(record.get("folder", job.folder)).resolve() != job.folder.resolve()
+    ):  # of the folder this is a copy of
+        record = {} if record.get("state") in ("queued", "running") else record
     if _is_locked(job.folder, locked) or at_work(record, job):
         return Status(job, "running", _progress(job.folder))
     if record.get("state") in ("queued", "running") and record.get("slurm") in queue:
@@ -86,7 +89,10 @@ def _finished(job: Job, cell: dict[str, Any], expected: _Expected) -> Status:
     if not job.ready():
         return Status(job, "done", (f"not checked: {job.backbone} is not there",))
     drifted = cell["code"] != expected.code(job.room)
-    inputs = expected.inputs(job)
+    try:
+        inputs = expected.inputs(job)
+    except UserError as error:  # of its data: results may be looked at where it is not
+        return Status(job, "done", (f"not checked: {error}",), drifted)
     keys = stage_keys(inputs)
     if keys == cell["keys"]:
         return Status(job, "done", _newer_image(job, expected.facts), drifted)
@@ -188,11 +194,3 @@ def status_lines(found: list[Status], every: bool = False) -> list[str]:
             lines.append(f"{state + first:<14} {status.job.name}")
             lines += [f"{'':<15}{line}" for line in status.why]
     return [*lines, summary_line(found)]
-
-
-def read_jobs(file: Path) -> tuple[list[Job], dict[str, Any]]:
-    """The jobs of a plan that a grid left, and the plan. Raises UserError when there is none."""
-    from common.board.plan import jobs_of_json
-
-    content = read_json(file)
-    return jobs_of_json(content["jobs"]), content

@@ -21,7 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_grid import finish, save
 
 from common.board.facts import Facts
-from common.board.plan import Grid, jobs_to_json, name_group, plan_file, plan_tasks
+from common.board.plan import Grid, name_group, plan_tasks
+from common.board.plan_file import jobs_to_json, plan_file
 from common.files import make_folder, write_json
 
 
