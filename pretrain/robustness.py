@@ -54,11 +54,8 @@ from pretrain.outliers import NOISE, PAPER, Outliers, open_outliers
 from pretrain.recipes import ROBUSTNESS, TESTS, RobustnessRecipe
 from pretrain.robustness_report import PRIMARY, finish
 
-LABELLED = {
-    "fgsm": "predict",
-    "occlusion": "score",
-    "between": "score",
-}  # the first stage that uses the labels
+# the first stage of a test that uses the labels
+LABELLED = {"fgsm": "predict", "occlusion": "score", "between": "score"}
 ORDER_IMAGES = 2048  # on which the order of classes is tested
 BY_FILE = ("size", "resize", "resize_backend")  # how a file's own test images were made
 
