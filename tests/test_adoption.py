@@ -166,7 +166,7 @@ def with_silu(trunk: Trunk) -> None:
 
 VARIANTS = {
     "gates": (gated, ["layer3", "layer4"]),
-    "another activation": (with_silu, ["layer2", "layer3", "layer4"]),
+    "another activation": (with_silu, ["layer3", "layer4"]),
 }
 
 
