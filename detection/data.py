@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.progress import progress
 from detection.augment import frcnn_view, ssd_view
 from detection.recipes import DetectionRecipe, FasterRCNNRecipe, SSDRecipe
+from detection.scores import truth_of
 
 IN_MEMORY = 2**30  # bytes of decoded images that are kept
 READERS = 4  # threads that decode
@@ -25,8 +26,8 @@ MOST_WORKERS = 16  # loader processes beside a GPU
 def class_notes(train_set: DetectionSet, test_set: DetectionSet) -> list[str]:
     """Lines on classes of which only one of the two sets has objects, as a misspelt name has."""
     trained = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.classes)) > 0
-    counted = np.concatenate(test_set.labels)[~np.concatenate(test_set.difficult)]
-    tested = np.bincount(counted, minlength=len(test_set.classes)) > 0
+    truth = truth_of(test_set)
+    tested = np.bincount(truth.label[~truth.difficult], minlength=len(test_set.classes)) > 0
     rules = {
         "without a training object: its AP can only be 0": tested & ~trained,
         "without a test object that counts: left out of the mean": trained & ~tested,

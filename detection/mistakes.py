@@ -180,5 +180,6 @@ def _outline(
     draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple[int, int, int], size: list[int]
 ) -> None:
     x0, y0, x1, y1 = np.clip(box, 0, [size[0] - 1, size[1] - 1] * 2).round().tolist()
+    (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))  # published corners may be swapped
     draw.rectangle((x0, y0, x1, y1), outline="black", width=4)
     draw.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 1), max(y0 + 1, y1 - 1)), outline=colour, width=2)

@@ -1,6 +1,7 @@
 """The score stage of a run: from predictions.json to the finished cell and its report."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def finish(
         "sizes": by_size(coco_stats),
         "mistakes": count_mistakes(stats, made),
         "mistake pictures": draw_mistakes(run.folder, made, test_set),
-        "train": _summary(train_set),
+        "train": _summary(replace(train_set, truth=None)),
         "test": _summary(test_set),
         "detections": len(found.image),
         "curves": data,
@@ -78,13 +79,14 @@ def finish(
 
 
 def _summary(images: DetectionSet) -> dict[str, Any]:
+    """What is scored of a set, or, without its `truth`, trained on."""
     truth = truth_of(images)
     counts = np.bincount(truth.label, minlength=len(images.classes)).tolist()
     return {
         "images": len(images),
         "objects": len(truth.image),
         "difficult": int(truth.difficult.sum()),
-        "without objects": sum(not len(labels) for labels in images.labels),
+        "without objects": len(images) - len(np.unique(truth.image)),
         "objects by class": dict(zip(images.classes, counts)),
         "left out": list(images.skipped),
     }
@@ -112,7 +114,7 @@ def _markdown(run: Run, report: Mapping[str, Any], cost: Mapping[str, Any]) -> l
         "",
         f"![Precision over recall, a panel a class]({CURVES})",
         "",
-        "| size of the box | AP (COCO) | objects |",
+        "| size of the object | AP (COCO) | objects |",
         "|---|---:|---:|",
         *(
             f"| {SIZES[name]} | {percent(row['AP'])} | {row['objects']} |"

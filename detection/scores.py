@@ -23,6 +23,9 @@ def truth_of(images: DetectionSet) -> Boxes:
         label=labels,
         box=boxes.astype(np.float64),
         difficult=difficult,
+        area=None
+        if images.truth is None or known[0].areas is None
+        else np.concatenate([t.areas for t in known]),
     )
 
 

@@ -384,6 +384,27 @@ def test_evaluate_coco_annotations(tmp_path, capsys):
         evaluate.main([*arguments, "--detections", str(tmp_path / "order.json")])
 
 
+@pytest.mark.parametrize("step", [1, -1, 977_000_000_000_007])
+def test_evaluate_is_pycocotools_on_ids_that_no_float_holds(tmp_path, step):
+    """2⁵³ and 2⁵³ + 1 are one number as floats; of hashed ids many are. Ids may be in any order and below 0."""
+    rng = np.random.default_rng(3)
+    while len((case := random_case(rng, most=90))[1].label) < 15:
+        pass
+    found, truth = case
+    truth.label, truth.difficult = np.arange(len(truth.label)) % 3, np.zeros(len(truth.label), bool)
+    ids, categories = ([2**53 + step * k for k in range(n)] for n in (5, 3))
+    file = coco_json(tmp_path, truth, ids, categories)
+    write_results(tmp_path / "r.json", found, ids, categories)
+    expected, by_class = pycoco(file, tmp_path / "r.json")
+    files = ["--annotations", str(file), "--detections", str(tmp_path / "r.json")]
+    assert evaluate.main([*files, "--json", str(tmp_path / "s.json")]) == 0
+    said = json.loads((tmp_path / "s.json").read_text())
+    ours = [said["COCO"][k] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
+    np.testing.assert_allclose([-1 if v is None else v for v in ours], expected, rtol=0, atol=1e-9)
+    in_order = [said["classes"][f"class{c}"]["AP_coco"] for c in sorted(categories)]
+    assert in_order == pytest.approx(by_class.tolist()) and len(set(in_order)) == 3
+
+
 def test_evaluate_presets_and_detectron2(tmp_path, capsys):
     found, truth = random_case(np.random.default_rng(12), most=90)
     file = coco_json(tmp_path, truth, [0, 1, 2, 3, 4], [1, 2, 3])

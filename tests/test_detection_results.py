@@ -45,6 +45,40 @@ class TestResults:
         assert image_index(["000012", "2008_000001"])[2008000001] == 1
         assert 1 not in image_index(["a1", "b1"])
 
+    def test_ids_stay_integers(self, tmp_path):
+        ids, categories = [2**53, 2**53 + 1, -5, 5, 2**70], [2**64, -1, 2**53 + 1]
+        one = np.arange(5)
+        found = Boxes(one, one % 3, np.tile([0, 0, 9, 9.0], (5, 1)), np.full(5, 0.5))
+        write_results(tmp_path / "r.json", found, ids, categories)
+        entries = json.loads((tmp_path / "r.json").read_text())
+        assert [e["image_id"] for e in entries] == ids
+        assert [e["category_id"] for e in entries] == [*categories, *categories[:2]]
+        back = read_results(tmp_path / "r.json", ids, 3, categories)
+        assert back.image.tolist() == found.image.tolist() and back.label.tolist() == found.label.tolist()
+
+    def test_ids_as_others_write_them(self, tmp_path):
+        """1.0 is 1; true is no number, a float that may be rounded no id."""
+        entry = {"category_id": 2.0, "bbox": [0, 0, 1, 1], "score": 1}
+
+        def read(image, ids, **more):
+            (tmp_path / "r.json").write_text(json.dumps([{"image_id": image, **entry, **more}]))
+            back = read_results(tmp_path / "r.json", ids, 2)
+            return back.image[0], back.label[0]
+
+        assert read(7.0, [6, 7]) == read("7", [6, 7]) == read(7, ["img6", "img7"]) == (1, 1)
+        for image, ids in (
+            (True, [1]),
+            (float(2**53), [2**53]),
+            (7.5, [7]),
+            (5, [-5]),
+            (None, [1]),
+            (1, ["m²1", "²"]),
+        ):
+            with pytest.raises(UserError, match="image_id is none of this set's"):
+                read(image, ids)
+        with pytest.raises(UserError, match="category_id is none of"):
+            read(1, [1], category_id=True)
+
     @pytest.mark.parametrize(
         ("entry", "message"),
         [

@@ -1,6 +1,7 @@
 """What others' detections are compared with: objects as published, classes as the detector numbered them."""
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,9 +10,12 @@ from PIL import Image
 from shapes import finetune_args
 from test_average_precision import loop_ap
 
+from common.data import open_detection
 from common.errors import UserError
 from common.metrics.average_precision import Boxes
-from detection import evaluate, finetune
+from detection import evaluate, finetune, report, scores
+from detection.data import class_notes
+from detection.mistakes import draw_mistakes, find_mistakes
 
 pytest_plugins = ["shapes"]  # its fixtures
 
@@ -222,6 +226,36 @@ class TestClassNumbers:
         (run / "model.json").write_text(json.dumps({"classes": ["ant"]}))
         with pytest.raises(UserError, match=r"model.json: knows no class 'bee', of which split test has"):
             scored(folder, run / "predictions.json")
+
+
+def test_a_cell_scores_every_object_as_published(tmp_path):
+    """Also those that training cannot use: swapped corners, or wholly outside; of COCO the object's own area."""
+    swapped, outside = (30, 1, 20, 9), (150, 1, 160, 9)
+    folder = zoo(
+        tmp_path / "zoo",
+        trainval={"a": [ANT, BEE, ("bee", swapped)]},
+        test={"b": [ANT, ("ant", swapped), ("bee", outside)]},
+    )
+    train, test = open_detection(f"voc:{folder}")
+    truth = scores.truth_of(test)
+    assert truth.box.tolist() == [[0, 0, 9, 9], [29, 0, 20, 9], [149, 0, 160, 9]] and truth.area is None
+    assert class_notes(train, test) == []  # there is a bee to be missed
+    nothing = Boxes(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 4)), np.zeros(0))
+    stats = scores.cell_statistics(nothing, test)
+    assert stats["positives"].tolist() == [[2, 1]]
+    made = find_mistakes(stats, nothing, truth)
+    assert draw_mistakes(tmp_path, made, test) == {"missed": "mistakes_missed.jpg"}
+    assert report._summary(replace(train, truth=None))["objects"] == 2
+    content = {
+        "images": [{"id": 1, "file_name": "b.jpg", "width": 100, "height": 80}],
+        "categories": [{"id": 7, "name": "ant"}],
+        "annotations": [
+            {"id": k, "image_id": 1, "category_id": 7, "bbox": [k, 1, 9, 9], "area": 40.5 - k} for k in (1, 2)
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    spec = f"coco:images={folder}/JPEGImages,train={tmp_path}/a.json,val={tmp_path}/a.json"
+    assert scores.truth_of(open_detection(spec)[1]).area.tolist() == [39.5, 38.5]
 
 
 def test_files_of_unknown_classes_are_refused(tmp_path):

@@ -260,9 +260,6 @@ def _entry_notes(
     row: Row, column: Column, group: list[Cell], groups: dict[str, list[Cell]]
 ) -> tuple[str, ...]:
     notes = list(dict.fromkeys(n for cell in group for n in cell.notes if n not in column.notes))
-    skipped = max(cell.skipped_images for cell in group)
-    if skipped:
-        notes.append(f"{skipped} unreadable images were left out")
     if row.scratch:
         others = [c for key, members in groups.items() if key != row.key for c in members if not c.scratch]
         if others and (changed := deviations(group[0], others[0])):

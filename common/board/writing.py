@@ -99,9 +99,8 @@ def _column(board: Board, column: Column) -> str:
     else:
         start = f"{column.label} was fine-tuned on {column.data} from {names} ({archs})"
     limit = f", limited to {column.limit} images a part" if column.limit else ""
-    left_out = (
-        f"; {cells[0].skipped_images} unreadable images were left out" if cells[0].skipped_images else ""
-    )
+    skipped = cells[0].skipped_images
+    left_out = f"; unreadable images left out: {skipped}" if skipped else ""
     if column.task == "robustness":
         how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
         return (
