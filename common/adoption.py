@@ -238,7 +238,7 @@ def _astray(stages: dict[str, float]) -> str | None:
     away = ", ".join(f"{stage} {stages[stage]:.2f}" for stage in far)
     return (
         f"the first layer fits ({first:.2f}), but {away} away from their batch-norm statistics: these weights had "
-        "other layers between them (another activation, gates, blur pooling, dilation), or the statistics are not theirs"
+        "other layers between them (another activation, gates, blur pooling, dilation), or statistics not their own"
     )
 
 
