@@ -40,7 +40,7 @@ def decode(
     UserError where the network's outputs are not finite.
     """
     banned = [PAD, START] if recipe.emit_unk else [PAD, START, UNK]
-    with autocast(recipe, inputs.device):
+    with autocast(recipe.eval_precision, inputs.device):
         state = model.start(inputs)
     search = recipe.search
     numbers, scores = beam_search(

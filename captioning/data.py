@@ -16,7 +16,7 @@ from common.backbone import Backbone
 from common.data.cache import cached_array, files_state
 from common.data.decode import Fit, centre_crop, decode_all, read_rgb
 from common.data.types import CaptionSet
-from common.engine import autocast, resolve_precision, stream
+from common.engine import autocast, stream
 from common.files import digest
 from common.progress import progress
 from common.trunk import normalise
@@ -28,23 +28,31 @@ IN_MEMORY = 2 << 30  # bytes of decoded images that are kept in the cache folder
 
 
 def pooled_features(
-    backbone: Backbone, paths: Sequence[Path], recipe: CaptionRecipe, device: torch.device, views: int
+    backbone: Backbone,
+    paths: Sequence[Path],
+    recipe: CaptionRecipe,
+    device: torch.device,
+    views: int,
+    precision: str,
 ) -> np.ndarray:
     """The frozen encoder's pooled layer4 features of `views` crops an image: float32 (n, views, D), memory-mapped.
 
     Kept in the cache folder under the weights, the images' files, the transform and the arithmetic.
     """
-    precision = resolve_precision(recipe, device)
     what = [backbone.fingerprint, backbone.arch, backbone.mean, backbone.std, files_state(paths), precision]
     key = digest("features 1", *what, device.type, recipe.resize, recipe.size, views, PIL.__version__)
-    return cached_array(
-        "features", key, lambda file: np.save(file, _compute(backbone, paths, recipe, device, views))
-    )
+    args = backbone, paths, recipe, device, views, precision
+    return cached_array("features", key, lambda file: np.save(file, _compute(*args)))
 
 
 @torch.no_grad()  # not inference mode: the trunk may be trained later
 def _compute(
-    backbone: Backbone, paths: Sequence[Path], recipe: CaptionRecipe, device: torch.device, views: int
+    backbone: Backbone,
+    paths: Sequence[Path],
+    recipe: CaptionRecipe,
+    device: torch.device,
+    views: int,
+    precision: str,
 ) -> np.ndarray:
     trunk = backbone.trunk.to(device, memory_format=torch.channels_last).eval()
     found = []
@@ -54,7 +62,7 @@ def _compute(
         )
         for start in range(0, len(crops), BLOCK):
             batch = torch.from_numpy(crops[start : start + BLOCK]).to(device)
-            with autocast(recipe, device):
+            with autocast(precision, device):
                 found.append(trunk(normalise(batch, backbone.mean, backbone.std)).float().mean((2, 3)).cpu())
     return torch.cat(found).numpy().reshape(len(paths), views, -1)
 

@@ -108,12 +108,14 @@ def train_nic(
         run.note(f"scratch: the encoder is trained with the captions, on {size} px images, batch norm too")
         model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=True)
         items = CaptionItems(train_set, words, vocabulary, recipe, crop=recipe.crop(True))
-        return model, train(model, step, items, recipe, groups=groups(model, recipe), **shared)
-    features = pooled_features(backbone, train_set.paths, recipe, device, recipe.views)
+        return model, train(model, step, items, run.training, groups=groups(model, recipe), **shared)
+    # no machine decides what the features are: auto is fp32 here
+    arithmetic = "fp32" if recipe.precision == "auto" else recipe.precision
+    features = pooled_features(backbone, train_set.paths, recipe, device, recipe.views, arithmetic)
     encoding = time.monotonic() - began
     model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=False)
     items = CaptionItems(train_set, words, vocabulary, recipe, features=features)
-    cost = train(model, step, items, recipe, **shared)
+    cost = train(model, step, items, run.training, **shared)
     cost = {**cost, "seconds": round(cost["seconds"] + encoding, 2)}
     if recipe.encoder_epochs <= 0:
         return model, cost
@@ -121,7 +123,7 @@ def train_nic(
     model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=True)
     model.load_state_dict(first, strict=False)
     model.trunk.freeze_bn()
-    second = replace(recipe, epochs=recipe.encoder_epochs, iterations=0, lr=recipe.lr * recipe.second_lr)
+    second = replace(run.training, epochs=recipe.encoder_epochs, iterations=0, lr=recipe.lr * recipe.second_lr)
     items = CaptionItems(train_set, words, vocabulary, recipe, crop=recipe.crop(False))
     shared |= {"folder": run.folder / "second", "key": f"{run.keys['train']}-second"}
     shared["folder"].mkdir(exist_ok=True)
@@ -168,7 +170,9 @@ def predict(
     recipe = run.recipe
     with run.stage("predict", files=["predictions.json", "vocabulary.json"]):
         if model.trunk is None:
-            features = pooled_features(backbone, test_set.paths, recipe, device, 1)[:, 0]
+            features = pooled_features(
+                backbone, test_set.paths, recipe, device, 1, recipe.eval_precision
+            )[:, 0]
             blocks = (features[i : i + recipe.test_batch] for i in range(0, len(features), recipe.test_batch))
         else:
             blocks = centre_crops(test_set.paths, recipe.crop(backbone.scratch), recipe.test_batch)

@@ -1,7 +1,13 @@
-"""The ground floor: what every task uses. Imported before torch, it says how torch's threads wait."""
+"""The ground floor: what every task uses. Imported before torch, it says how torch's threads wait and what fp32 is."""
 
 import os
 
 # A thread that spins while it waits makes small kernels up to 20 times slower on a busy machine; read by OpenMP when
 # torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# fp32 is fp32, whatever the environment allows: oneDNN would multiply in bf16 on a CPU that has it, cuBLAS and cuDNN in
+# TF32. What torch itself allows is set by `common.engine.pick_device`.
+os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = "STRICT"
+for name in ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE"):
+    os.environ.pop(name, None)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import torch
 from filelock import BaseFileLock, Timeout
 
 from common.backbone import Backbone
-from common.engine import barrier, hardware, is_main, peak_memory, resolve_precision
+from common.engine import barrier, from_main, hardware, is_main, peak_memory, resolve_precision
 from common.errors import UserError
 from common.files import file_digest, fitting_name, make_folder, read_json, write_json, write_npz, write_text
-from common.keys import ROOT, code_hash, differences, stage_inputs, stage_keys
+from common.keys import ROOT, code_hash, differences, evaluated_in, stage_inputs, stage_keys
 from common.locks import holder, lock
 from common.recipe import STAGES, Recipe, to_json
 
@@ -79,14 +79,27 @@ class Run:
     recipe: Recipe
     keys: dict[str, str]
     facts: dict[str, Any]
+    train_precision: str | None = None  # training's arithmetic, resolved where it began; None: nothing is trained
     lock: BaseFileLock | None = None  # held as long as the run is
     notes: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
         """Whether the cell of these very keys is there."""
+        cell = self._cell()
+        return cell is not None and cell["keys"] == self.keys and self._evaluated_alike(cell)
+
+    @property
+    def training(self) -> Recipe:
+        """The recipe in the arithmetic in which this run's training began, on whatever machine."""
+        return replace(self.recipe, precision=self.train_precision)
+
+    def _cell(self) -> dict[str, Any] | None:
         path = self.folder / "cell.json"
-        return path.exists() and read_json(path)["keys"] == self.keys
+        return read_json(path) if path.exists() else None
+
+    def _evaluated_alike(self, cell: dict[str, Any]) -> bool:
+        return evaluated_in(cell) == self.recipe.eval_precision
 
     def stages(self) -> dict[str, Any]:
         """What stages.json records of the finished stages."""
@@ -96,9 +109,13 @@ class Run:
     def done(self, stage: str) -> bool:
         """Whether a stage's files are there and were made with this run's key."""
         entry = self.stages().get(stage, {})
-        return entry.get("key") == self.keys[stage] and all(
-            (self.folder / name).exists() for name in entry["files"]
-        )
+        if entry.get("key") != self.keys[stage]:
+            return False
+        if stage == "predict":
+            made = entry if "eval_precision" in entry else self._cell()  # where it stood before
+            if made is None or not self._evaluated_alike(made):
+                return False
+        return all((self.folder / name).exists() for name in entry["files"])
 
     def note(self, line: str) -> None:
         """Add a line to what the board shows beside the score: a deviation, a rule that fired in the data."""
@@ -122,6 +139,8 @@ class Run:
             "files": {file: file_digest(self.folder / file) for file in files},
             "seconds": round(time.monotonic() - start, 2),
         }
+        if name == "predict":
+            entry["eval_precision"] = self.recipe.eval_precision
         write_json(self.folder / "stages.json", {**self.stages(), name: entry})
 
     def finish(
@@ -168,7 +187,8 @@ class Run:
                 "compiled": cost.get("compiled", False),
                 "trained_on_processes": cost.get("processes", [1]),
             },
-            "precision": resolve_precision(self.recipe, device),
+            "train_precision": self.train_precision,
+            "eval_precision": self.recipe.eval_precision,
         }
         write_json(self.folder / "cell.json", cell)
 
@@ -185,6 +205,7 @@ def open_run(
     seed: int,
     train_fingerprint: str,
     test_fingerprint: str,
+    trained_on: torch.device | None = None,
     limit: int = 0,
     val_share: float = 0.0,
     protocol: Mapping[str, int] | None = None,
@@ -195,7 +216,8 @@ def open_run(
 ) -> Run:
     """Make or open the run folder OUT/DATA/TASK/MODEL/RECIPE/BACKBONE/seedK (OUT itself when `identity` is given).
 
-    Writes recipe.json and provenance.json. Raises UserError when the folder cannot be written to, or holds a run whose
+    `trained_on` is the device that trains, None where nothing is trained: `precision=auto` is resolved for it when a run
+    begins, and kept. Writes recipe.json and provenance.json. Raises UserError when the folder cannot be written to, or holds a run whose
     training had other inputs: named, with what to do.
     """
     folder = Path(out).expanduser()
@@ -208,6 +230,11 @@ def open_run(
             data, task, model, recipe_label, backbone.name, seed, **known, limit=limit, val_share=val_share
         )
         folder = folder / identity.path
+    here = resolve_precision(recipe.precision, trained_on) if trained_on else None
+    train_precision, in_key = here, None
+    if trained_on and recipe.precision == "auto":
+        found = None if restart else _began_in(folder, here)
+        train_precision, in_key = from_main(found or (here, None if here == "fp32" else here))
     inputs = stage_inputs(
         task=task,
         model=model,
@@ -219,12 +246,16 @@ def open_run(
         limit=limit,
         protocol=protocol,
         more=more,
+        precision=in_key,
     )
     keys = stage_keys(inputs)
     held = None
     if is_main():
         held = _prepare(folder, keys["train"], inputs["train"], restart)
-        write_json(folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs})
+        began = {"train_precision": train_precision}
+        write_json(
+            folder / "recipe.json", {"recipe": to_json(recipe), "keys": keys, "inputs": inputs, **began}
+        )
         write_json(folder / "provenance.json", {**provenance(task), **_command()})
     barrier()  # or another process would find what --restart is about to remove
     facts: dict[str, Any] = {"inputs": inputs, "skipped_images": skip_bad, "code": code_hash(task)}
@@ -234,7 +265,22 @@ def open_run(
             "fingerprint": backbone.fingerprint,
             "report": backbone.report,
         }
-    return Run(folder, identity, recipe, keys, facts, held)
+    run = Run(folder, identity, recipe, keys, facts, train_precision, held)
+    if train_precision != here:
+        run.note(f"precision=auto was {train_precision} where this training began, and stayed so; here it is {here}")
+    return run
+
+
+def _began_in(folder: Path, here: str) -> tuple[str, str | None] | None:
+    """What `precision=auto` was in the folder's training, and what of it is in the train key; None where none began.
+
+    A run of before says it in its cell alone; where it has none, it goes on in what it is `here`.
+    """
+    if not (folder / "recipe.json").exists():
+        return None
+    old, cell = read_json(folder / "recipe.json"), folder / "cell.json"
+    known = old.get("train_precision") or (read_json(cell).get("precision") if cell.exists() else None)
+    return known or here, old["inputs"]["train"].get("precision")
 
 
 def _prepare(folder: Path, key: str, inputs: dict[str, Any], restart: bool) -> BaseFileLock:

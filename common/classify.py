@@ -68,6 +68,6 @@ def predict_logits(
     outputs = []
     for start in progress(range(0, len(images), recipe.test_batch), desc="predicting", unit="batch", delay=2):
         batch = torch.from_numpy(np.array(images[start : start + recipe.test_batch])).to(device)
-        with autocast(recipe, device):
+        with autocast(recipe.eval_precision, device):
             outputs.append(model(normalise(batch, mean, std)).float())
     return torch.cat(outputs).cpu().numpy()

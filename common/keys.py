@@ -27,10 +27,12 @@ def stage_inputs(
     limit: int = 0,
     protocol: Mapping[str, int] | None = None,
     more: Mapping[str, Mapping[str, Any]] | None = None,
+    precision: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What each stage depends on; `fields` are the recipe's fields by stage, `backbone` is a fingerprint.
 
-    `more` holds, by stage, inputs that only some runs have.
+    `more` holds, by stage, inputs that only some runs have; `precision` is what training's `precision=auto` was, where
+    that is not fp32.
     """
     more = more or {}
     protocol = dict.fromkeys(STAGES, 1) | PROTOCOLS.get(task, {}) | dict(protocol or {})
@@ -42,6 +44,7 @@ def stage_inputs(
         "backbone": backbone,
         "seed": seed,
         "limit": limit,
+        **({"precision": precision} if precision else {}),
     }
     return {
         "train": {**train, "protocol": protocol["train"], **more.get("train", {})},
@@ -61,6 +64,11 @@ def stage_keys(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for stage in STAGES:
         keys[stage] = previous = digest(previous, inputs[stage])
     return keys
+
+
+def evaluated_in(cell: Mapping[str, Any]) -> str:
+    """The arithmetic a cell.json was evaluated in; one of before names a single `precision`."""
+    return cell["eval_precision"] if "eval_precision" in cell else cell["precision"]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from common.arguments import Parser, whole
 from common.errors import UserError
 
 STAGES = ("train", "predict", "score")
+EVAL_PRECISIONS = ("fp32", "bf16", "fp16")
 R = TypeVar("R", bound="Fields")
 
 
@@ -85,13 +86,25 @@ class Recipe(Fields):
     clip_grad: float = knob(0.0, "largest gradient norm; 0: not clipped", "I", low=0)
     precision: str = knob(
         "auto",
-        "arithmetic of forward passes; auto: bf16 on hardware that has it, else fp32",
+        "arithmetic of training's forward passes; auto: bf16 on hardware that has it, else fp32",
         "I",
         choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    eval_precision: str = knob(
+        "fp32",
+        "arithmetic of evaluation, prediction and encoding",
+        "I",
+        stage="predict",
+        choices=EVAL_PRECISIONS,
     )
     channels_last: bool = knob(True, "NHWC memory format: the same numbers, faster convolutions", "I")
     save_every: float = knob(60.0, "seconds between checkpoints of a running training", "I", stage="", low=0)
     log_every: int = knob(20, "iterations between log lines", "I", stage="", low=1)
+
+    def stage_fields(self, stage: str) -> dict[str, Any]:
+        """The fields of a stage's key, without `eval_precision` where it is fp32."""
+        fields = super().stage_fields(stage)
+        return {k: v for k, v in fields.items() if (k, v) != ("eval_precision", "fp32")}
 
     def length(self, images: int) -> int:
         """Training length in iterations, for a data set of `images` images."""

@@ -152,6 +152,7 @@ def open_transfer(
         recipe_label=label(args.recipe, settings, recipe) + swept_label(args.swept),
         backbone=backbone,
         seed=args.seed,
+        trained_on=device,
         train_fingerprint=train_set.fingerprint,
         test_fingerprint=test_set.fingerprint,
         limit=args.limit,

@@ -49,7 +49,7 @@ def _predict_ssd(model: SSD300, images: DetectionSet, recipe: SSDRecipe, device:
     order = np.arange(len(images))
     batches = [order[k : k + recipe.test_batch] for k in range(0, len(order), recipe.test_batch)]
     for indices, pictures in read_ahead(batches, load):
-        with autocast(recipe, device):
+        with autocast(recipe.eval_precision, device):
             offsets, logits = model(torch.from_numpy(np.stack(pictures)).to(device))
         need_finite(offsets, logits)
         settings = (recipe.score, recipe.nms, recipe.top, recipe.candidates)
@@ -75,7 +75,7 @@ def _predict_frcnn(
         same = np.flatnonzero((sizes == size).all(1))
         batches += [same[k : k + recipe.test_batch] for k in range(0, len(same), recipe.test_batch)]
     for indices, pictures in read_ahead(batches, load):
-        with autocast(recipe, device):
+        with autocast(recipe.eval_precision, device):
             found = model(torch.from_numpy(np.stack(pictures)).to(device), [p.shape[:2] for p in pictures])
         for i, one in zip(indices, found):
             scale = images.sizes[i] / sizes[i]

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         model,
         STEPS[args.detector](recipe),
         TrainViews(train_set, recipe, backbone.mean, trained),
-        recipe,
+        run.training,
         folder=run.folder,
         key=run.keys["train"],
         seed=args.seed,

@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     """Arguments → recipe, data, classifier → predictions → report and cell."""
     args = arguments().parse_args(argv)
     recipe = override(RECIPES[args.recipe or "paper"], args.set)
+    if recipe.precision not in ("auto", "fp32"):
+        raise UserError(
+            f"--set precision={recipe.precision}: it is training's, and nothing is trained here; "
+            f"--set eval_precision={recipe.precision}"
+        )
     device = pick_device(args.device)
     model, facts = load(args.backbone, **reading(args))
     recipe = as_the_file(recipe, facts, args)
@@ -131,7 +136,7 @@ def arguments():
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a recipe field: size=, resize=, resize_backend=, test_batch=, precision= …; repeatable",
+        help="change a recipe field: size=, resize=, resize_backend=, test_batch=, eval_precision= …; repeatable",
     )
     made.add_argument("--name", help="its name in results (default: the file's method, or its name)")
     made.add_argument("--out", type=Path, default=Path("results"), help="results folder (default: results)")

@@ -18,7 +18,7 @@ from typing import Any
 from common.backbone import IMAGENET_MEAN, IMAGENET_STD
 from common.data.decode import BACKENDS
 from common.errors import UserError
-from common.recipe import Fields, knob
+from common.recipe import EVAL_PRECISIONS, Fields, knob
 from pretrain.regularizers import RegularizedRecipe
 
 
@@ -156,17 +156,26 @@ class RobustnessRecipe(Fields):
     )
     test_batch: int = knob(128, "images a prediction step", "I", stage="predict")
     precision: str = knob(
-        "auto",
-        "arithmetic of forward passes; auto: bf16 on hardware that has it, else fp32, and always fp32 in FGSM: a small "
-        "gradient's sign is not to be lost",
+        "fp32",
+        "arithmetic of forward passes",
         "I",
         stage="predict",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=EVAL_PRECISIONS,
     )
 
+    @property
+    def eval_precision(self) -> str:
+        """`precision`: nothing is trained here."""
+        return self.precision
+
     def stage_fields(self, stage: str) -> dict[str, Any]:
-        """The fields of a stage's key, without those of other tests."""
+        """The fields of a stage's key, without those of other tests.
+
+        fp32 stands in the keys as it always did: as fp32 in FGSM's, as "auto" in the others'.
+        """
         mine = super().stage_fields(stage)
+        if mine.get("precision") == "fp32" and self.test != "fgsm":
+            mine["precision"] = "auto"
         return {k: v for k, v in mine.items() if self.test in ONLY.get(k, (self.test,))}
 
     def check(self) -> None:

@@ -212,8 +212,6 @@ def evaluate(
     """One cell: predict, score, report; nothing where it is finished. `notes`: what to say of the order of classes."""
     backbone = subject.backbone
     recipe = replace(subject.recipe, test=test)
-    if test == "fgsm" and recipe.precision == "auto":
-        recipe = replace(recipe, precision="fp32")
     name, data = label(args.recipe, args.set, recipe), test_set.fingerprint
     others = outliers if test == "ood" else ()
     if test == "ood":

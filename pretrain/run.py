@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe_label=name,
         backbone=None,
         seed=args.seed,
+        trained_on=device,
         train_fingerprint=train_set.fingerprint,
         test_fingerprint=test_set.fingerprint,
         limit=args.limit,
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         model,
         hooks.wrap(make_step(recipe, len(train_set.classes), recipe.mean, recipe.std)),
         TrainImages(kept, recipe),
-        recipe,
+        run.training,
         folder=run.folder,
         key=run.keys["train"],
         seed=args.seed,
@@ -163,8 +164,10 @@ def evaluation(
     if held_out is None:
         return {}
 
+    measured = replace(recipe, eval_precision="fp32")  # the best weights are no matter of a later stage's field
+
     def top1(model: nn.Module) -> dict[str, float]:
-        logits = predict_logits(model, test_images(held_out, recipe), recipe, device, recipe.mean, recipe.std)
+        logits = predict_logits(model, test_images(held_out, recipe), measured, device, recipe.mean, recipe.std)
         return {"top-1": float((true_rank(logits, held_out.labels) == 0).mean())}
 
     every = max(1, round(recipe.eval_every * images / recipe.batch)) if recipe.eval_every else 0

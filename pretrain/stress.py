@@ -31,7 +31,7 @@ def classifier(
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
 
     def logits(pixels: Tensor) -> Tensor:
-        with autocast(recipe, device):
+        with autocast(recipe.precision, device):
             return model((pixels - mean) / std).float()
 
     return logits

@@ -61,6 +61,7 @@ def finish(job: Job, facts: Facts, **changes) -> None:
         "keys": stage_keys(inputs),
         "inputs": inputs,
         "code": facts.code(job.room),
+        "eval_precision": "fp32",
         "cost": {"train_s": 30.0},
     }
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -314,7 +314,7 @@ def test_chosen_tests_settings_and_limits_name_other_cells(trained, class_folder
     assert cells["occlusion"].identity.recipe == "smoke+size=24" and cells["fgsm"].identity.limit == 9
     assert "epsilon" not in cells["occlusion"].inputs["train"]["recipe"]
     assert cells["fgsm"].metrics["top-1 attacked"] == cells["fgsm"].metrics["top-1 clean"]
-    assert cells["fgsm"].precision == "fp32" and cells["fgsm"].inputs["train"]["recipe"]["resize"] == 36
+    assert cells["fgsm"].eval_precision == "fp32" and cells["fgsm"].inputs["train"]["recipe"]["resize"] == 36
 
 
 def test_other_data_sets_stand_in_as_out_of_distribution(tmp_path, class_folders):

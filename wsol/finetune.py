@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         model,
         make_step(recipe, len(train_set.classes), backbone.mean, backbone.std),
         TrainImages(kept, recipe),
-        recipe,
+        run.training,
         folder=run.folder,
         key=run.keys["train"],
         seed=args.seed,
@@ -182,7 +182,7 @@ def image_maps(
     for now, squares in progress(batches, total=steps, desc="score maps", unit="batch", delay=2):
         crops = np.stack([centre_crop(image, (recipe.size, recipe.size)) for image in squares])
         labels = torch.from_numpy(images.labels[now]).to(device)
-        with autocast(recipe, device):
+        with autocast(recipe.eval_precision, device):
             features = model.trunk(normalise(torch.from_numpy(crops).to(device), mean, std))
         logits, classes, maps = predict(model, features, labels, recipe.top)
         ranks.append(true_rank(logits.cpu().numpy(), images.labels[now]))

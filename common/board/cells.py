@@ -15,6 +15,7 @@ from common.cell import SCHEMA, Identity
 from common.data.cache import cache_folder
 from common.errors import UserError
 from common.files import digest, file_digest, read_json, write_npz
+from common.keys import evaluated_in
 from common.metrics import rescore
 
 REPLICATES = 1000
@@ -39,9 +40,16 @@ class Cell:
     backbone: Mapping[str, Any]
     code: str
     device: Mapping[str, Any]
-    precision: str
+    train_precision: str | None  # None: nothing was trained
+    eval_precision: str
     skipped_images: int
     baselines: Mapping[str, Mapping[str, float]]  # what needs no network scores, by name
+
+    @property
+    def arithmetic(self) -> str:
+        """The arithmetic of training and evaluation, in words."""
+        trained = f"trained in {self.train_precision}, " if self.train_precision else ""
+        return f"{trained}evaluated in {self.eval_precision}"
 
     @property
     def scratch(self) -> bool:
@@ -140,7 +148,8 @@ def read_cell(path: Path | str) -> Cell:
             backbone=dict(content.get("backbone") or {}),
             code=content["code"],
             device=dict(content["device"]),
-            precision=content["precision"],
+            train_precision=_trained_in(content),
+            eval_precision=evaluated_in(content),
             skipped_images=content["skipped_images"],
             baselines=dict(content.get("baselines") or {}),
         )
@@ -150,6 +159,13 @@ def read_cell(path: Path | str) -> Cell:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: damaged cell ({reason}); remove it, and run its command again") from None
+
+
+def _trained_in(content: Mapping[str, Any]) -> str | None:
+    """Training's arithmetic; a cell of before names one for training and evaluation, trained or not."""
+    if "train_precision" in content:
+        return content["train_precision"]
+    return content["precision"] if content["cost"].get("iterations") else None
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,8 @@ def _common_notes(members: list[Cell]) -> tuple[str, ...]:
     counts = Counter(note for cell in members for note in dict.fromkeys(cell.notes))
     notes = [note for note, count in counts.items() if count == len(members) > 1]
     for what, values in (
-        ("arithmetic", {cell.precision for cell in members}),
+        ("arithmetic of training", {cell.train_precision for cell in members if cell.train_precision}),
+        ("arithmetic of evaluation", {cell.eval_precision for cell in members}),
         ("device", {str(cell.device.get("device")) for cell in members}),
     ):
         if len(values) > 1:

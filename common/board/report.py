@@ -268,7 +268,7 @@ def _costs(cells: tuple[Cell, ...]) -> dict[str, str]:
         "iterations": f"{mean.get('iterations', 0):.0f}",
         "rest": clock(sum(map(_seconds, cells)) / len(cells) - train),
         "memory": f"{mean.get('peak_memory_mb', 0) / 1000:.1f}",
-        "device": ", ".join(sorted({f"{c.device.get('device')}, {c.precision}" for c in cells})),
+        "device": ", ".join(sorted({f"{c.device.get('device')}, {c.arithmetic}" for c in cells})),
     }
 
 
@@ -301,7 +301,7 @@ def provenance(cell: Cell) -> dict[str, Any]:
             ("code", cell.code),
             ("packages", ", ".join(f"{k} {v}" for k, v in made.get("packages", {}).items())),
             ("device", ", ".join(f"{v}" if k == "device" else f"{v} {k}" for k, v in cell.device.items())),
-            ("arithmetic", cell.precision),
+            ("arithmetic", cell.arithmetic),
         ],
         "recipe": "\n".join(
             f"{stage}: {', '.join(f'{k}={v}' for k, v in fields.items())}"

@@ -87,9 +87,10 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], bool]:
         same = old["files"].get(file) == new["files"].get(file)
         equal &= same
         lines.append(f"{file}: {'the same bytes' if same else 'other bytes'}")
-    for name in ("keys", "device", "precision"):
-        if old[name] != new[name]:
-            lines.append(f"{name}: {old[name]} (now {new[name]})")
+    for name in ("keys", "device", "train_precision", "eval_precision"):
+        before, now = (cell[name] if name in cell else cell["precision"] for cell in (old, new))
+        if before != now:
+            lines.append(f"{name}: {before} (now {now})")
     if old["code"] != new["code"]:
         lines.append(f"code: {old['code']} (now {code_hash(new['identity']['task'])})")
     lines.append("reproduced exactly" if equal else "not the same numbers")

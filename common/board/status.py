@@ -12,7 +12,7 @@ from common.board.facts import Facts
 from common.board.plan import Job, expected_inputs
 from common.board.records import at_work, read_record, record_file
 from common.errors import UserError
-from common.keys import differences, stage_keys
+from common.keys import differences, evaluated_in, stage_keys
 from common.recipe import STAGES
 
 STATES = ("done", "stale", "failed", "running", "queued", "to do")
@@ -93,11 +93,17 @@ def _finished(job: Job, cell: dict[str, Any], expected: _Expected) -> Status:
         inputs = expected.inputs(job)
     except UserError as error:  # of its data: results may be looked at where it is not
         return Status(job, "done", (f"not checked: {error}",), drifted)
-    keys = stage_keys(inputs)
-    if keys == cell["keys"]:
-        return Status(job, "done", _newer_image(job, expected.facts), drifted)
-    stage = next(s for s in STAGES if keys[s] != cell["keys"].get(s))
     before = cell["inputs"]
+    kept = before.get("train", {}).get("precision")
+    if kept and inputs["train"]["recipe"].get("precision") == "auto":  # as it was where it was trained
+        inputs = inputs | {"train": inputs["train"] | {"precision": kept}}
+    keys = stage_keys(inputs)
+    wanted, used = inputs["predict"]["recipe"].get("eval_precision", "fp32"), evaluated_in(cell)
+    if keys == cell["keys"] and used == wanted:
+        return Status(job, "done", _newer_image(job, expected.facts), drifted)
+    stage = next((s for s in STAGES if keys[s] != cell["keys"].get(s)), "predict")
+    if stage == "predict" and used != wanted:
+        return Status(job, "stale", (f"predict: eval_precision={used} (now {wanted})",), drifted, stage)
     changed = [f"{s}: {line}" for s in STAGES for line in differences(before.get(s, {}), inputs[s])]
     return Status(job, "stale", tuple(_plainly(line, job) for line in changed), drifted, stage)
 
@@ -123,7 +129,8 @@ def _cell(folder: Path) -> dict[str, Any] | None:
     try:
         with (folder / "cell.json").open("rb") as file:
             cell = json.load(file)
-        return cell if {"keys", "inputs", "code"} <= cell.keys() else None
+        known = {"keys", "inputs", "code"} <= cell.keys() and {"eval_precision", "precision"} & cell.keys()
+        return cell if known else None
     except (OSError, ValueError, AttributeError):
         return None
 

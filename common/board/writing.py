@@ -141,7 +141,7 @@ def _training(cells: Sequence[Cell], recipe: dict) -> str:
         said.append(f"images of {recipe['size']} px")
     if recipe.get("freeze"):
         said.append(f"frozen up to {recipe['freeze']}")
-    said.append(f"arithmetic {', '.join(sorted({cell.precision for cell in cells}))}")
+    said.append(" or ".join(sorted({cell.arithmetic for cell in cells})))
     return ", ".join(said)
 
 

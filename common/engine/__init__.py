@@ -3,6 +3,7 @@
 from common.engine.device import (
     autocast,
     barrier,
+    from_main,
     hardware,
     is_main,
     pick_device,
@@ -23,6 +24,7 @@ __all__ = [
     "TrainData",
     "autocast",
     "barrier",
+    "from_main",
     "hardware",
     "is_main",
     "peak_memory",

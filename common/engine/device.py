@@ -11,19 +11,21 @@ from torch import nn
 
 from common.engine.torchrun import join, launch
 from common.errors import UserError
-from common.recipe import Recipe
 
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`, or a GPU when there is one; under torchrun joins the process group (nccl or gloo).
 
-    Raises UserError when the named device is not there, and for what a launcher left in the environment.
+    From here on fp32 is fp32 on it: matrix products and convolutions are not rounded to TF32 or bf16. Raises UserError
+    when the named device is not there, and for what a launcher left in the environment.
     """
     launched = launch()
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
         index, count = device.index or 0, torch.cuda.device_count()
         index = index if launched.local is None else launched.local
@@ -61,19 +63,27 @@ def barrier() -> None:
         dist.barrier()
 
 
-def resolve_precision(recipe: Recipe, device: torch.device) -> str:
-    """`auto` → bf16 where the hardware multiplies it natively, else fp32."""
-    if recipe.precision != "auto":
-        return recipe.precision
+def from_main(value: Any) -> Any:
+    """Process 0's value, in every process."""
+    if world() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` → bf16 where the hardware multiplies it natively, else fp32; any other is itself."""
+    if precision != "auto":
+        return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     probes = (getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("avx512_bf16", "amx_tile"))
     return "bf16" if any(probe is not None and probe() for probe in probes) else "fp32"
 
 
-def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager:
-    """The recipe's arithmetic as a context, for training and prediction alike."""
-    precision = resolve_precision(recipe, device)
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """An arithmetic (fp32, bf16 or fp16) as a context: a recipe's `precision`, resolved, or its `eval_precision`."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 

@@ -22,6 +22,7 @@ from common.engine.device import (
     compiled,
     is_main,
     rank,
+    resolve_precision,
     seed_torch,
     to_device,
     world,
@@ -115,6 +116,7 @@ class _Training:
     def __init__(self, model, step, data, recipe, folder, key, seed, device, groups, workers) -> None:
         self.model, self.step, self.recipe, self.device = model, step, recipe, device
         self.folder, self.key, self.seed = folder, key, seed
+        self.precision = resolve_precision(recipe.precision, device)
         micro = recipe.micro_batch or recipe.batch
         total = recipe.batch // micro
         if total % world():
@@ -222,7 +224,7 @@ class _Training:
             batch = self.on_device(batch, self.device)
         batch["progress"] = self.iteration / self.iterations
         with self.wrapper.optim_context(self.wrapped):
-            with autocast(self.recipe, self.device):
+            with autocast(self.precision, self.device):
                 values = self.step(self.wrapped, batch, rng)
             first, *others = (v.float() for k, v in values.items() if k.startswith("loss"))
             self.names = list(values)

@@ -87,7 +87,7 @@ def wrap(
     """
     clip = {"max_norm": recipe.clip_grad} if recipe.clip_grad else None
     options = {"optimizer": optimizer, "accumulative_counts": accumulation, "clip_grad": clip}
-    if resolve_precision(recipe, device) != "fp16":
+    if resolve_precision(recipe.precision, device) != "fp16":
         return _Wrapper(**options)
     if device.type != "cuda":
         raise UserError("recipe: precision=fp16 needs a GPU; use bf16 or fp32 (--set precision=fp32)")

@@ -193,7 +193,7 @@ def main() -> None:
             memory = torch.cuda.max_memory_allocated(device) // 2**20 if big else 0
             best = found.setdefault(name, {"ms": ms})
             best.update(ms=min(ms, best["ms"]), loss=loss, peak_memory_mb=memory)
-    precision = resolve_precision(ClassifyRecipe(epochs=1), device)
+    precision = resolve_precision("auto", device)
     print(f"{hardware(device)}; ours in {precision}{' (no native bf16 on this CPU)' * (precision == 'fp32')}")
     peer = list(found.values())[1]["ms"]
     for name, best in found.items():
