@@ -123,7 +123,9 @@ def train_nic(
     model = make_model(recipe, backbone, vocabulary, args.seed, with_trunk=True)
     model.load_state_dict(first, strict=False)
     model.trunk.freeze_bn()
-    second = replace(run.training, epochs=recipe.encoder_epochs, iterations=0, lr=recipe.lr * recipe.second_lr)
+    second = replace(
+        run.training, epochs=recipe.encoder_epochs, iterations=0, lr=recipe.lr * recipe.second_lr
+    )
     items = CaptionItems(train_set, words, vocabulary, recipe, crop=recipe.crop(False))
     shared |= {"folder": run.folder / "second", "key": f"{run.keys['train']}-second"}
     shared["folder"].mkdir(exist_ok=True)
@@ -170,9 +172,9 @@ def predict(
     recipe = run.recipe
     with run.stage("predict", files=["predictions.json", "vocabulary.json"]):
         if model.trunk is None:
-            features = pooled_features(
-                backbone, test_set.paths, recipe, device, 1, recipe.eval_precision
-            )[:, 0]
+            features = pooled_features(backbone, test_set.paths, recipe, device, 1, recipe.eval_precision)[
+                :, 0
+            ]
             blocks = (features[i : i + recipe.test_batch] for i in range(0, len(features), recipe.test_batch))
         else:
             blocks = centre_crops(test_set.paths, recipe.crop(backbone.scratch), recipe.test_batch)

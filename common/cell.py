@@ -216,9 +216,9 @@ def open_run(
 ) -> Run:
     """Make or open the run folder OUT/DATA/TASK/MODEL/RECIPE/BACKBONE/seedK (OUT itself when `identity` is given).
 
-    `trained_on` is the device that trains, None where nothing is trained: `precision=auto` is resolved for it when a run
-    begins, and kept. Writes recipe.json and provenance.json. Raises UserError when the folder cannot be written to, or holds a run whose
-    training had other inputs: named, with what to do.
+    `trained_on` is the device that trains, None where nothing is trained: `precision=auto` is resolved for it when a
+    run begins, and kept. Writes recipe.json and provenance.json. Raises UserError when the folder cannot be written to,
+    or holds a run whose training had other inputs: named, with what to do.
     """
     folder = Path(out).expanduser()
     label = backbone.name if identity is None else identity.backbone

@@ -164,10 +164,14 @@ def evaluation(
     if held_out is None:
         return {}
 
-    measured = replace(recipe, eval_precision="fp32")  # the best weights are no matter of a later stage's field
+    measured = replace(
+        recipe, eval_precision="fp32"
+    )  # the best weights are no matter of a later stage's field
 
     def top1(model: nn.Module) -> dict[str, float]:
-        logits = predict_logits(model, test_images(held_out, recipe), measured, device, recipe.mean, recipe.std)
+        logits = predict_logits(
+            model, test_images(held_out, recipe), measured, device, recipe.mean, recipe.std
+        )
         return {"top-1": float((true_rank(logits, held_out.labels) == 0).mean())}
 
     every = max(1, round(recipe.eval_every * images / recipe.batch)) if recipe.eval_every else 0
