@@ -1,14 +1,15 @@
 """The captioning room: vocabulary, recipes, cached features, the script end to end."""
 
 import json
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from captioning.vocabulary import (
     END,
@@ -18,7 +19,9 @@ from captioning.vocabulary import (
     load_vocabulary,
     words_of,
 )
+from common.backbone import save_backbone
 from common.errors import UserError
+from common.trunk import Classifier, Trunk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,17 +48,23 @@ def test_vocabulary(tmp_path):
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """16 + 8 pictures of one colour, with captions that name it; a small backbone file."""
-    from PIL import Image
+    """`write_walls`' pictures and captions, and a small backbone file."""
+    root = write_walls(tmp_path_factory.mktemp("coco"))
+    torch.manual_seed(0)
+    classifier = Classifier(Trunk("resnet18_half"), 4).train()
+    for _ in range(3):  # batch-norm statistics that are not their initial values
+        classifier(torch.randn(8, 3, 32, 32))
+    facts = {"arch": "resnet18_half", "num_classes": 4, "method": "baseline", "seed": 0, "size": 32}
+    save_backbone(root / "baseline.pt", classifier, **facts)
+    return root
 
-    from common.backbone import save_backbone
-    from common.trunk import Classifier, Trunk
 
-    root = tmp_path_factory.mktemp("coco")
+def write_walls(root: Path) -> Path:
+    """16 + 8 pictures of one colour, with captions that name it."""
+    (root / "images").mkdir(parents=True)
     colours = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 200), "white": (240, 240, 240)}
     rng = np.random.default_rng(0)
     for part, count in (("train", 16), ("val", 8)):
-        (root / "images").mkdir(exist_ok=True)
         images, annotations = [], []
         for i in range(count):
             name, colour = list(colours.items())[i % 4]
@@ -65,12 +74,6 @@ def coco(tmp_path_factory):
             for k, form in enumerate(("a {} wall", "the wall is {}", "there is a {} wall .")):
                 annotations.append({"id": 10 * i + k, "image_id": 7 * i + 1, "caption": form.format(name)})
         (root / f"{part}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    torch.manual_seed(0)
-    classifier = Classifier(Trunk("resnet18_half"), 4).train()
-    for _ in range(3):  # batch-norm statistics that are not their initial values
-        classifier(torch.randn(8, 3, 32, 32))
-    facts = {"arch": "resnet18_half", "num_classes": 4, "method": "baseline", "seed": 0, "size": 32}
-    save_backbone(root / "baseline.pt", classifier, **facts)
     return root
 
 
@@ -103,6 +106,23 @@ def quiet(monkeypatch, tmp_path):
 LEARN = ("--set", "iterations=60", "--set", "lr=0.03", "--set", "shortest=0", "--set", "threshold=1")
 
 
+KILLED = """
+import os, signal
+from captioning.finetune import main
+from common.engine import loop
+
+save = loop._Training.save
+
+def killed(self):
+    save(self)
+    if self.iteration == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop._Training.save = killed
+main()
+"""
+
+
 def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet, capsys):
     from captioning.finetune import main
 
@@ -124,11 +144,9 @@ def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet,
     check_predict(coco, folder, predictions, tmp_path, capsys)
 
     slow = ("--set", "save_every=0")  # a checkpoint after every iteration
-    process = subprocess.Popen(command(coco, killed, *backbone, *LEARN, *slow), cwd=tmp_path)
-    while not list(killed.rglob("resume.pt")) and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    arguments = command(coco, killed, *backbone, *LEARN, *slow)[2:]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
     assert list(killed.rglob("resume.pt"))
     assert not list(killed.rglob("weights.pt"))
     assert main(command(coco, killed, *backbone, *LEARN)[2:]) == 0
