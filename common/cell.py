@@ -79,7 +79,7 @@ class Run:
     recipe: Recipe
     keys: dict[str, str]
     facts: dict[str, Any]
-    train_precision: str | None = None  # training's arithmetic, resolved where it began; None: nothing is trained
+    train_precision: str | None = None  # resolved where training began; None: nothing is trained
     lock: BaseFileLock | None = None  # held as long as the run is
     notes: list[str] = field(default_factory=list)
 
@@ -267,7 +267,9 @@ def open_run(
         }
     run = Run(folder, identity, recipe, keys, facts, train_precision, held)
     if train_precision != here:
-        run.note(f"precision=auto was {train_precision} where this training began, and stayed so; here it is {here}")
+        run.note(
+            f"precision=auto was {train_precision} where this training began, and stayed so; here it is {here}"
+        )
     return run
 
 

@@ -259,7 +259,7 @@ def test_cached_features_equal_the_encoder_run_on_the_same_crops(coco, quiet):
     recipe = override(RECIPES["smoke"], ["resize=40", "size=32", "precision=fp32"])
     backbone = load_backbone(str(coco / "baseline.pt"))
     paths = sorted((coco / "images").glob("val*.png"))
-    features = pooled_features(backbone, paths, recipe, torch.device("cpu"), 4)
+    features = pooled_features(backbone, paths, recipe, torch.device("cpu"), 4, "fp32")
     assert features.shape == (8, 4, 256) and len(paths) * 4 <= BLOCK
     image = Fit(40, 40)(read_rgb(paths[3]))
     crops = np.stack([image[4:36, 4:36], image[4:36, 4:36][:, ::-1]])
@@ -269,7 +269,7 @@ def test_cached_features_equal_the_encoder_run_on_the_same_crops(coco, quiet):
     np.testing.assert_allclose(features[3, :2], direct.numpy(), rtol=1e-4, atol=1e-5)
     assert len(np.unique(features[3], axis=0)) == 4  # four different crops
     backbone.trunk.forward = None  # the second time nothing is computed
-    again = pooled_features(backbone, paths, recipe, torch.device("cpu"), 4)
+    again = pooled_features(backbone, paths, recipe, torch.device("cpu"), 4, "fp32")
     np.testing.assert_array_equal(again, features)
 
 
@@ -292,7 +292,7 @@ def test_training_on_cached_features_equals_training_through_the_encoder_on_the_
     backbone, cpu = load_backbone(str(coco / "baseline.pt")), torch.device("cpu")
     words = [[words_of(caption, False) for caption in captions] for captions in images.captions]
     vocabulary = build_vocabulary((w for image in words for w in image), 1, False)
-    features = pooled_features(backbone, images.paths, recipe, cpu, 4)
+    features = pooled_features(backbone, images.paths, recipe, cpu, 4, "fp32")
 
     class Crops(CaptionItems):
         """The views themselves, drawn as their features are."""

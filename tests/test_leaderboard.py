@@ -64,6 +64,32 @@ def test_a_bad_cell_is_named(results, tmp_path, spoil, says):
     assert str(folder / "cell.json") in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_column_that_mixes_arithmetics_says_so(tmp_path):
+    """Cells of one command on two kinds of machine, and one of before, which names a single arithmetic."""
+    folders = [
+        write_cell(tmp_path, "wsol", "cam", backbone(name)) for name in ("baseline", "mixup", "cutmix")
+    ]
+    for folder, (trained, evaluated) in zip(folders, (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", None))):
+        cell = read_json(folder / "cell.json")
+        del cell["train_precision"], cell["eval_precision"]
+        cell |= (
+            {"train_precision": trained, "eval_precision": evaluated} if evaluated else {"precision": trained}
+        )
+        if trained == "bf16" and evaluated:
+            cell["inputs"]["train"]["precision"] = "bf16"
+        write_json(folder / "cell.json", cell)
+    (column,) = make_board(load_cells(tmp_path), replicates=20).columns
+    assert "arithmetic of training differs within this column: bf16, fp32" in column.notes
+    assert "arithmetic of evaluation differs within this column: bf16, fp32" in column.notes
+    shutil.rmtree(folders[2])
+    (column,) = make_board(load_cells(tmp_path), replicates=20).columns
+    assert not any("evaluation" in note for note in column.notes)
+    assert {cell.arithmetic for cell in load_cells(tmp_path)} == {
+        "trained in fp32, evaluated in fp32",
+        "trained in bf16, evaluated in fp32",
+    }
+
+
 def test_a_missing_folder_and_foreign_images_are_named(results, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_cells(tmp_path / "none")

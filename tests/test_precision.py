@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from shapes import backbone, devkit, finetune_args  # noqa: F401  fixtures
+from shapes import finetune_args
 from test_captioning import command as captions_command
 from test_captioning import write_walls
 from test_cell import RECIPE, complete, opened
@@ -20,7 +20,7 @@ from captioning.data import pooled_features
 from captioning.recipes import RECIPES as CAPTIONS
 from common.backbone import load_backbone
 from common.classify import ClassifyRecipe, predict_logits
-from common.engine import loop, pick_device, resolve_precision
+from common.engine import loop, resolve_precision
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.trunk import Classifier
@@ -28,6 +28,8 @@ from detection import finetune as detection
 from pretrain import evaluate, robustness, run
 from pretrain.recipes import ROBUSTNESS
 from wsol import finetune as wsol
+
+pytest_plugins = ["shapes"]  # its fixtures
 
 CPU = torch.device("cpu")
 PROBES = ("avx512_bf16", "amx_tile")
@@ -59,7 +61,7 @@ def seen(monkeypatch):
     handle.remove()
 
 
-def transfer(task, tmp_path, devkit, backbone):  # noqa: F811
+def transfer(task, tmp_path, devkit, backbone):
     """A short training on tiny data in the arithmetic of the machine: (main, arguments)."""
     out = tmp_path / "out"
     auto = ("--set", "precision=auto")
@@ -81,7 +83,7 @@ def test_transfer_trains_as_the_machine_and_scores_in_fp32(
     devkit,
     backbone,
     tmp_path,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     monkeypatch.setenv("BACKBENCH_JAVA", "none")
     machine(True)
@@ -142,7 +144,7 @@ def test_a_classifier_scores_the_same_on_every_machine(class_folders, machine, s
         evaluate.main([*fixed, "--out", str(out), "--set", "precision=bf16"])
 
 
-def test_bf16_answers_are_close_where_they_are_asked_for(backbone):  # noqa: F811
+def test_bf16_answers_are_close_where_they_are_asked_for(backbone):
     model = Classifier(load_backbone(str(backbone)).trunk, 5)
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     found = {
@@ -155,7 +157,7 @@ def test_bf16_answers_are_close_where_they_are_asked_for(backbone):  # noqa: F81
     np.testing.assert_allclose(found["bf16"], found["fp32"], atol=0.05 * np.abs(found["fp32"]).max())
 
 
-def test_cached_features_of_each_arithmetic_are_kept_apart(backbone, class_folders):  # noqa: F811
+def test_cached_features_of_each_arithmetic_are_kept_apart(backbone, class_folders):
     loaded = load_backbone(str(backbone))
     paths = sorted((class_folders / "val/cat").iterdir())[:3]
     recipe = CAPTIONS["smoke"]
@@ -189,7 +191,7 @@ def test_a_run_keeps_the_arithmetic_it_began_with(native, tmp_path, machine):
     first = begun(tmp_path)
     began = first.training.precision
     assert not first.notes
-    first.lock.close()
+    first.lock.release()
     machine(not native)
     again = begun(tmp_path)
     assert again.keys == first.keys and again.training.precision == began
@@ -200,10 +202,10 @@ def test_a_run_keeps_the_arithmetic_it_began_with(native, tmp_path, machine):
     complete(again)
     cell = read_json(again.folder / "cell.json")
     assert (cell["train_precision"], cell["eval_precision"]) == (began, "fp32")
-    again.lock.close()
+    again.lock.release()
     last = begun(tmp_path)
     assert last.finished
-    last.lock.close()
+    last.lock.release()
     fresh = begun(tmp_path, restart=True)
     assert fresh.training.precision == ("fp32" if native else "bf16") and not fresh.notes
 
@@ -255,7 +257,7 @@ def test_cells_of_before_stay_finished_only_if_they_were_evaluated_in_fp32(used,
     first = begun(tmp_path)
     complete(first)
     as_before(first, used)
-    first.lock.close()
+    first.lock.release()
     machine(here)
     again = begun(tmp_path)
     assert again.keys == first.keys and again.training.precision == used  # never trained again

@@ -75,6 +75,21 @@ def test_status_of_a_changed_score_field_is_stale_in_score_only(tmp_path, facts,
     ].restart  # it is scored again, not trained
 
 
+def test_status_knows_the_arithmetic_of_a_cell(tmp_path, facts, finished):
+    job, _ = finished
+    inputs = expected_inputs(job, facts)
+    trained = {**inputs, "train": {**inputs["train"], "precision": "bf16"}}
+    finish(job, facts, inputs=trained, keys=stage_keys(trained))
+    assert look(job, tmp_path, facts).state == "done"  # trained by `auto` on another kind of machine
+    for used, state in (("fp32", "done"), ("bf16", "stale")):
+        cell = read_json(job.folder / "cell.json") | {"inputs": inputs, "keys": stage_keys(inputs)}
+        cell.pop("eval_precision", None)
+        write_json(job.folder / "cell.json", {**cell, "precision": used})  # as cells of before say it
+        assert look(job, tmp_path, facts).state == state
+    status = look(job, tmp_path, facts)
+    assert (status.stage, status.why) == ("predict", ("predict: eval_precision=bf16 (now fp32)",))
+
+
 def test_status_of_changed_data(tmp_path, facts, class_folders):
     data = tmp_path / "data"
     shutil.copytree(class_folders, data)
