@@ -36,7 +36,7 @@ from common.classify import predict_logits
 from common.crops import test_images
 from common.data import open_classification
 from common.engine import is_main, pick_device
-from common.errors import run_main
+from common.errors import UserError, run_main
 from common.files import digest, file_and_choice, fitting_name, write_npz
 from common.recipe import label, override
 from common.transfer import data_or_world, reading, reading_arguments
