@@ -48,6 +48,10 @@ if how == "meets":  # two at a time: leaves the GPUs of both
     while not (beside.exists() and beside.read_text()):
         time.sleep(0.02)
     (folder / "beside").write_text(" ".join(sorted([mine, beside.read_text()])))
+if how == "alone":
+    found = [name for name in os.environ if name.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_", "TORCHEL"))]
+    if found:
+        sys.exit(f"not alone: {found}")
 if how == "writes":
     (folder / "made.pt").touch()
 if how != "empty":
@@ -75,6 +79,20 @@ def fake(tmp_path, monkeypatch):
         return Job(name, ("faketask.cell", how, str(folder)), "wsol", folder, **more)
 
     return make
+
+
+def test_a_cell_is_alone_though_the_grid_has_the_environment_of_a_torchrun(tmp_path, fake, monkeypatch):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+    ):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MASTER_ADDR", "10.255.255.1")
+    assert states(run_jobs([fake("a/alone", "alone")], tmp_path / "grid")) == {"a/alone": "done"}
 
 
 def states(outcomes):

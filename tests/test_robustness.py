@@ -331,6 +331,11 @@ def test_other_data_sets_stand_in_as_out_of_distribution(tmp_path, class_folders
     whole = read_rgb(sets[2].images.paths[0])  # 40 × 48
     np.testing.assert_array_equal(sets[2].reader(recipe, 0)(slice(0, 1))[0], whole[12:28, 16:32])
     assert len({one.fingerprint for one in sets}) == 3
+    for name in ("a=b", "dogs,crop", "c:d é"):  # folders that are called so
+        shutil.copytree(folder, tmp_path / name)
+        (one,) = open_outliers([f"x=folder:{tmp_path / name}"], most=4)
+        assert (one.fit, one.count) == ("", 4)
+    assert open_outliers([f"x=folder:{tmp_path}/dogs,crop,crop"], most=4)[0].fit == "crop"
     large = sets[2].reader(replace(SMALL, size=60, resize=60), 0)(slice(0, 2))
     assert large.shape == (2, 60, 60, 3)
 
@@ -345,6 +350,7 @@ BAD = {
     "name": (["--name", "a/b", "c"], "give one without /"),
     "names": (["--name", "a"], "1 names for 2 backbones"),
     "equal names": (["--name", "a", "a"], "are both named a; name each"),
+    "no user": (["--ood", "x=folder:~nobody-of-this-name"], "there is no such user"),
     "no folder": (["--ood", "x=folder:/nowhere"], "/nowhere: no such folder"),
     "no form": (["--ood", "unifrom"], "--ood unifrom: write uniform, gaussian, NAME=folder:DIR"),
     "built in": (["--ood", "uniform=folder:DIR"], "uniform is the built-in noise"),
