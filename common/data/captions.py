@@ -98,7 +98,7 @@ def _sentences(
     for number, annotation in enumerate(annotations):
         where = f"{file}: annotations[{number}]"
         owner = json_field(annotation, "image_id", int, where)
-        sentence = _sentence(annotation, "caption", where, report)
+        sentence = _sentence(annotation, "caption", file, f"annotations[{number}]", report)
         place = f"{file.name} annotations[{number}]"
         key = json_id(annotation.get("id"))
         if key is not None and key in seen:
@@ -115,13 +115,13 @@ def _sentences(
     return captions
 
 
-def _sentence(item: Any, key: str, where: str, report: Report) -> str:
+def _sentence(item: Any, key: str, file: Path, place: str, report: Report) -> str:
     """The text `key` on one line, with U+FFFD for halves of surrogate pairs, which is noted."""
     text = item.get(key) if isinstance(item, dict) else None
     if isinstance(text, str) and whole_text(text) != text:
-        report.note("caption with half a surrogate pair: U+FFFD in its place", where)
+        report.note("caption with half a surrogate pair: U+FFFD in its place", f"{file.name} {place}")
         item = {key: whole_text(text)}
-    return " ".join(json_field(item, key, str, where).split())
+    return " ".join(json_field(item, key, str, f"{file}: {place}").split())
 
 
 def _read_karpathy(spec: DataSpec, root: Path | None) -> list[CaptionSet]:
@@ -175,10 +175,11 @@ def _karpathy_part(
         sentences = image.get("sentences")
         if not isinstance(sentences, list):
             raise UserError(f"{where}: 'sentences' is no list; expected a Karpathy split file")
-        texts = [_sentence(s, "raw", f"{where} sentence", report) for s in sentences]
+        texts = [_sentence(s, "raw", file, f"images[{number}] sentence", report) for s in sentences]
         captions[key] = [text for text in texts if text]
         if len(captions[key]) < len(texts):
-            report.note("empty caption: dropped", where, len(texts) - len(captions[key]))
+            place = f"{file.name} images[{number}]"
+            report.note("empty caption: dropped", place, len(texts) - len(captions[key]))
         if not captions[key]:
             report.note("image without a caption: left out", inside.name)
             del captions[key]
