@@ -19,7 +19,7 @@ from typing import Any
 from captioning.report import best_and_worst, captions_shown, scores_table, statistics, write_pictures
 from captioning.scoring import Scorer
 from common.arguments import Parser, positive
-from common.data.layout import need_present
+from common.data.layout import json_id, need_present, whole_text
 from common.errors import UserError, run_main
 from common.files import make_folder, read_json, write_json, write_text
 from common.metrics.captions import NAMES, per_image, rescore
@@ -88,7 +88,7 @@ def find_images(annotations: Path, ids: list[Any], folder: Path) -> list[Path]:
     """The image files of `ids`, by the annotations' list of images. Raises UserError when one is not there."""
     listed = read_json(annotations).get("images")
     names = {
-        image["id"]: image["file_name"]
+        json_id(image["id"]): image["file_name"]
         for image in (listed if isinstance(listed, list) else [])
         if isinstance(image, dict) and isinstance(image.get("file_name"), str) and "id" in image
     }
@@ -185,11 +185,14 @@ def read_results(path: Path, references: dict[Any, list[str]], annotations: Path
 
 def _entries(entries: list[Any], where: str):
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
-            raise UserError(f"{where} {number} has no 'image_id'")
+        value = entry.get("image_id") if isinstance(entry, dict) else None
+        key = json_id(value)
+        if key is None:
+            held = "missing" if value is None else f"{value!r:.60}"
+            raise UserError(f"{where} {number}: 'image_id' is {held}; expected an integer or text")
         if not isinstance(entry.get("caption"), str):
-            raise UserError(f"{where} {number} (image {entry['image_id']}) has no text under 'caption'")
-        yield entry["image_id"], entry["caption"]
+            raise UserError(f"{where} {number} (image {key}) has no text under 'caption'")
+        yield key, whole_text(entry["caption"])
 
 
 if __name__ == "__main__":

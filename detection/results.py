@@ -138,7 +138,7 @@ def _files_by_class(folder: Path, split: str) -> dict[str, Path]:
 
 
 def _row(line: str, index: dict[str | int, int], where: str) -> list[float]:
-    parts = line.split()
+    parts = line.rsplit(maxsplit=5)  # an image's name may hold spaces
     try:
         score, x0, y0, x1, y1 = (float(part) for part in parts[1:])
     except ValueError:

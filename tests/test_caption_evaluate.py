@@ -56,6 +56,24 @@ def test_evaluate_writes_a_report(files, monkeypatch):
         evaluate(fixed)
 
 
+def test_odd_ids_and_captions_are_scored_as_they_are_meant(files, monkeypatch):
+    """2⁵³ and 2⁵³ + 1 are two images, 1.0 is 1, and half a surrogate pair is U+FFFD on both sides."""
+    folder, results = files
+    monkeypatch.setenv("BACKBENCH_JAVA", "none")
+    key_of = {0: 2**53, 1: 2**53 + 1, 2: 2**70}
+    content = json.loads((folder / "annotations.json").read_text())
+    for entry in [*content["annotations"], *results]:
+        entry["image_id"] = key_of.get(entry["image_id"], float(entry["image_id"]))
+    content["annotations"][0]["caption"] = results[0]["caption"] = "a cat \ud83d sits"
+    (folder / "annotations.json").write_text(json.dumps(content))
+    (folder / "results.json").write_text(json.dumps(results))
+    fixed = ["--annotations", str(folder / "annotations.json"), "--results", str(folder / "results.json")]
+    assert evaluate([*fixed, "--per-image", str(folder / "single.json")]) == 0
+    single = json.loads((folder / "single.json").read_text())
+    assert [entry["image_id"] for entry in single] == [2**53, 2**53 + 1, 2**70, *range(3, 12)]
+    assert single[0]["caption"] == "a cat \ufffd sits" and single[0]["ROUGE-L"] == 1
+
+
 def test_evaluate_script(files):
     folder, _ = files
     command = [sys.executable, str(Path(__file__).parents[1] / "captioning" / "evaluate.py")]
@@ -87,7 +105,9 @@ def test_evaluate_script(files):
         (lambda r: [], "holds no captions"),
         (lambda r: {"captions": r}, "holds a dict, expected a list"),
         (lambda r: [{"image_id": 0}], r"entry 0 \(image 0\) has no text under 'caption'"),
-        (lambda r: ["a"], "entry 0 has no 'image_id'"),
+        (lambda r: ["a"], "entry 0: 'image_id' is missing; expected an integer or text"),
+        (lambda r: [{**r[0], "image_id": True}, *r[1:]], "entry 0: 'image_id' is True"),
+        (lambda r: [{**r[0], "image_id": 2.0**53}, *r[1:]], "entry 0: 'image_id' is 9007199254740992.0"),
     ],
 )
 def test_evaluate_refuses_bad_results(files, change, message):

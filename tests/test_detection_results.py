@@ -10,7 +10,7 @@ from common.data import open_detection
 from common.errors import UserError
 from common.metrics.average_precision import Boxes
 from detection import evaluate
-from detection.results import image_index, read_results, write_results
+from detection.results import image_index, read_results, read_voc_results, write_results
 
 pytest_plugins = ["shapes"]  # its fixtures
 
@@ -166,6 +166,12 @@ class TestEvaluate:
         assert scores[0]["AP_area"]["ball"] == pytest.approx(3 / 4 * 3 / 4)
         assert scores[0]["mAP_area"] == pytest.approx((1 + 9 / 16) / 2)
         assert "| ball | " in capsys.readouterr().out
+
+    def test_text_files_name_images_with_spaces(self, tmp_path):
+        (tmp_path / "comp3_det_test_cat.txt").write_text("my cat 1 0.5 1 1 3 3\nmy cat 0.25 2 2 3 3\n")
+        found = read_voc_results(tmp_path, "test", ["my cat", "my cat 1"], ["cat"])
+        assert found.image.tolist() == [1, 0] and found.score.tolist() == [0.5, 0.25]
+        assert found.box.tolist() == [[0, 0, 3, 3], [1, 1, 3, 3]]
 
     def test_text_files_are_not_rounded_again(self, devkit, tmp_path):
         """Two scores that differ in their fifth decimal: py-faster-rcnn's evaluator ranks the surer first."""
