@@ -13,13 +13,14 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from captioning.report import best_and_worst, captions_shown, scores_table, statistics, write_pictures
 from captioning.scoring import Scorer
 from common.arguments import Parser, positive
-from common.data.layout import json_id, need_present, whole_text
+from common.data.layout import Report, json_id, need_present, whole_text
 from common.errors import UserError, run_main
 from common.files import make_folder, read_json, write_json, write_text
 from common.metrics.captions import NAMES, per_image, rescore
@@ -28,8 +29,9 @@ from common.metrics.captions import NAMES, per_image, rescore
 def main(argv: list[str] | None = None) -> int:
     """Read both files, score, print the table; write JSON where asked."""
     args = arguments().parse_args(argv)
-    references = read_annotations(args.annotations)
-    captions = read_results(args.results, references, args.annotations)
+    data = Report()
+    references = read_annotations(args.annotations, data)
+    captions = read_results(args.results, references, args.annotations, data)
     if args.images and not args.report:
         raise UserError("--images are shown in the report: give --report DIR too")
     paths = find_images(args.annotations, list(references), args.images) if args.images else None
@@ -37,11 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         make_folder(path.parent)  # now, not after minutes of scoring
     with Scorer(list(references.values()), args.tokenizer, args.timeout, args.spice_jar) as scorer:
         images = scorer.statistics(list(captions.values()))
+    notes = [*scorer.notes, *data.lines()]
     scores = {name: float(value[0]) for name, value in rescore(images).items()}
     names = [*NAMES, *(["SPICE"] if "SPICE" in scores else [])]
     for name in names:
         print(f"{name:8} {f'{100 * scores[name]:6.2f}' if name in scores else '   n/a'}")
-    print(f"{len(captions)} images; scores × 100; " + "; ".join(scorer.notes))
+    print(f"{len(captions)} images; scores × 100; " + "; ".join(notes))
     if args.json:
         write_json(args.json, {name: scores.get(name) for name in names})
     if args.per_image:
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         write_json(args.per_image, rows)
     if args.report:
-        write_report(args.report, scores, images, captions, references, scorer, paths)
+        write_report(args.report, scores, images, captions, references, scorer.references, paths, notes)
     return 0
 
 
@@ -62,21 +65,22 @@ def write_report(
     images: dict[str, Any],
     captions: dict[Any, str],
     references: dict[Any, list[str]],
-    scorer: Scorer,
+    tokens: list[list[str]],
     paths: list[Path] | None,
+    notes: list[str],
 ) -> None:
     """report.md and report.json: scores, statistics, the best and the worst captions."""
     said, ids = list(captions.values()), list(captions)
     report = {
         "metrics": scores,
-        "captions": statistics(said, scorer.references),
+        "captions": statistics(said, tokens),
         **best_and_worst(images, said, ids, list(references.values()), paths),
-        "notes": scorer.notes,
+        "notes": notes,
     }
     make_folder(folder)
     if paths:
         write_pictures(folder, report)
-    lines = ["# Captions scored", "", *scores_table(scores), "", *(f"- {line}" for line in scorer.notes)]
+    lines = ["# Captions scored", "", *scores_table(scores), "", *(f"- {line}" for line in notes)]
     lines += ["", "| captions | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in report["captions"].items()]
     write_json(folder / "report.json", report)
@@ -88,9 +92,9 @@ def find_images(annotations: Path, ids: list[Any], folder: Path) -> list[Path]:
     """The image files of `ids`, by the annotations' list of images. Raises UserError when one is not there."""
     listed = read_json(annotations).get("images")
     names = {
-        json_id(image["id"]): image["file_name"]
+        json_id(image.get("id")): image["file_name"]
         for image in (listed if isinstance(listed, list) else [])
-        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and "id" in image
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str)
     }
     absent = [key for key in ids if key not in names]
     if absent:
@@ -135,22 +139,27 @@ def arguments() -> argparse.ArgumentParser:
     return made
 
 
-def read_annotations(path: Path) -> dict[Any, list[str]]:
-    """Image id → its reference captions. Raises UserError when the file is not COCO caption annotations."""
+def read_annotations(path: Path, report: Report) -> dict[int | str, list[str]]:
+    """Image id → its reference captions; what was changed is in `report`.
+
+    Raises UserError when the file is not COCO caption annotations.
+    """
     content = read_json(path)
     entries = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise UserError(f"{path}: has no list 'annotations'; expected COCO caption annotations")
-    references: dict[Any, list[str]] = {}
-    for key, caption in _entries(entries, f"{path}: annotations"):
+    references: dict[int | str, list[str]] = {}
+    for key, caption in _entries(entries, f"{path}: annotations", report):
         references.setdefault(key, []).append(caption)
     if not references:
         raise UserError(f"{path}: 'annotations' is empty, there is nothing to score against")
     return references
 
 
-def read_results(path: Path, references: dict[Any, list[str]], annotations: Path) -> dict[Any, str]:
-    """Image id → caption, in the order of `references`.
+def read_results(
+    path: Path, references: dict[int | str, list[str]], annotations: Path, report: Report
+) -> dict[int | str, str]:
+    """Image id → caption, in the order of `references`; what was changed is in `report`.
 
     Raises UserError for a file of another kind, and for images that are unknown, missing or doubled.
     """
@@ -161,9 +170,9 @@ def read_results(path: Path, references: dict[Any, list[str]], annotations: Path
         )
     if not content:
         raise UserError(f"{path}: holds no captions")
-    captions: dict[Any, str] = {}
+    captions: dict[int | str, str] = {}
     doubled, unknown = [], []
-    for key, caption in _entries(content, f"{path}: entry"):
+    for key, caption in _entries(content, f"{path}: entry", report):
         if key in captions:
             doubled.append(key)
         elif key not in references:
@@ -183,16 +192,20 @@ def read_results(path: Path, references: dict[Any, list[str]], annotations: Path
     return {key: captions[key] for key in references}
 
 
-def _entries(entries: list[Any], where: str):
+def _entries(entries: list[Any], where: str, report: Report) -> Iterator[tuple[int | str, str]]:
+    """Image id and caption of each entry. Halves of surrogate pairs, which no file can hold, are replaced and noted."""
     for number, entry in enumerate(entries):
         value = entry.get("image_id") if isinstance(entry, dict) else None
         key = json_id(value)
         if key is None:
             held = "missing" if value is None else f"{value!r:.60}"
             raise UserError(f"{where} {number}: 'image_id' is {held}; expected an integer or text")
-        if not isinstance(entry.get("caption"), str):
+        caption = entry.get("caption")
+        if not isinstance(caption, str):
             raise UserError(f"{where} {number} (image {key}) has no text under 'caption'")
-        yield key, whole_text(entry["caption"])
+        if whole_text(caption) != caption:
+            report.note("caption with half a surrogate pair: U+FFFD in its place", f"{where} {number}")
+        yield key, whole_text(caption)
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def score(
         "iou": iou,
         "preset": preset,
         "images": len(known.ids),
+        "images_without_detections": len(known.ids) - len(np.unique(found.image)),
         "detections": len(found.image),
         "data": known.report,
     }
@@ -216,8 +217,8 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     metrics = {"mAP": result["mAP_11point"], "mAP_area": result["mAP_area"], **result.get("COCO", {})}
     lines = [*table_lines(result["classes"], metrics), ""]
     lines.append(
-        f"{result['images']} images, {result['detections']} detections, IoU {result['iou']:g}, "
-        f"convention {result['preset']}"
+        f"images: {result['images']} (without a detection: {result['images_without_detections']}), detections: "
+        f"{result['detections']}, IoU {result['iou']:g}, convention {result['preset']}"
     )
     for name in ("COCO", "detectron2"):
         if name in result:

@@ -138,3 +138,19 @@ def test_evaluate_refuses_other_files(files):
         evaluate(arguments)
     with pytest.raises(UserError, match="has no list 'annotations'"):
         evaluate(["--annotations", str(folder / "results.json"), "--results", str(folder / "results.json")])
+
+
+@pytest.mark.parametrize("java", ["none", ""])
+def test_half_a_surrogate_pair_is_replaced_and_said(files, monkeypatch, capsys, java):
+    folder, results = files
+    monkeypatch.setenv("BACKBENCH_JAVA", java) if java else monkeypatch.delenv("BACKBENCH_JAVA", False)
+    results[3]["caption"] += " \ud83d"
+    (folder / "results.json").write_text(json.dumps(results))
+    fixed = ["--annotations", str(folder / "annotations.json"), "--results", str(folder / "results.json")]
+    assert evaluate([*fixed, "--report", str(folder / "r"), "--per-image", str(folder / "i.json")]) == 0
+    line = (
+        f"1 × caption with half a surrogate pair: U+FFFD in its place (first: {folder}/results.json: entry 3)"
+    )
+    assert line in capsys.readouterr().out
+    assert line in json.loads((folder / "r" / "report.json").read_text())["notes"]
+    assert json.loads((folder / "i.json").read_text())[3]["caption"].endswith(" \ufffd")

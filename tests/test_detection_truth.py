@@ -151,6 +151,14 @@ def test_scores_are_the_tools_on_the_files_corners(tmp_path, preset, inclusive, 
     assert result["data"][0].startswith(f"{backwards} × box with xmin > xmax or ymin > ymax: counts")
 
 
+def test_names_with_spaces(tmp_path):
+    folder = zoo(
+        tmp_path / "zoo", trainval={"a": [("ant", (1, 1, 9, 9))]}, test={"a  b 1": [("ant", (1, 1, 9, 9))]}
+    )
+    result = scored(folder, as_text(tmp_path / "comp", [("a  b 1", "ant", (1, 1, 9, 9), 0.5)]))
+    assert result["mAP_area"] == 1 and result["images_without_detections"] == 0
+
+
 def test_boxes_for_another_size_of_the_image(tmp_path):
     folder = zoo(
         tmp_path / "zoo", trainval={"a": [("ant", (1, 1, 9, 9))]}, test={"b": [("ant", (21, 21, 60, 60))]}

@@ -558,3 +558,22 @@ def test_evaluate_agrees_with_the_cell_on_its_own_maps(finished, cub, tmp_path):
     scores = json.loads((tmp_path / "s.json").read_text())["metrics"]
     names = ("GT-known Loc", "MaxBoxAcc", "MaxBoxAccV2")
     assert scores == {name: cell["metrics"][name] for name in names}
+
+
+def test_evaluate_says_of_labels_what_it_cannot_use(scored, capsys):
+    """Rows of other images, of an image twice, and names for numbers, which would be 0 % in silence."""
+    _, command, labels = scored
+    command = [*command, "--labels", str(labels)]
+    rows = labels.read_text().rstrip("\n")
+    labels.write_text(f"{rows}\nother/9.jpg,a,a\nother/8.jpg,a,a\n")
+    assert evaluate.main(command) == 0
+    line = "data: 2 × row of labels.csv whose image has no box: not scored (first: other/8.jpg)"
+    assert line in capsys.readouterr().out
+    header, first, *more = rows.split("\n")
+    labels.write_text("\n".join([header, first, first, *more]))
+    with pytest.raises(UserError, match=r"labels.csv line 3: '.*' has a row already"):
+        evaluate.main(command)
+    numbered = [f"{row.partition(',')[0]},dog,3" for row in (first, *more)]
+    labels.write_text("\n".join([header, *numbered]))
+    assert evaluate.main(command) == 0
+    assert "label is no image's predicted class: are both in the same words?" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     truths = [to_crop(part, resize, crop) for part in shares.values()]
     metrics, baseline, more = {}, {}, {}
     if "paper" in protocols and truths:
-        ranks = read_ranks(args.labels, ids) if args.labels else None
+        ranks = read_ranks(args.labels, ids, report) if args.labels else None
         metrics, baseline = paper_scores(files, truths, ranks, args.threshold, crop)
     if "choe2020" in protocols:
         found = choe_scores(files, truths, list(masks.values()), crop)
@@ -192,10 +192,11 @@ def read_map(path: Path) -> np.ndarray:
     return image.astype(np.float32)
 
 
-def read_ranks(path: Path, ids: Sequence[str]) -> tuple[np.ndarray, int]:
+def read_ranks(path: Path, ids: Sequence[str], report: Report) -> tuple[np.ndarray, int]:
     """The place of each image's class among those predicted, int (n,), and how many are predicted, k at most 5.
 
-    The place is k when the class is not among them. Raises UserError with file and line.
+    The place is k when the class is not among them. Raises UserError with file and line; notes rows of images that are
+    not scored, and that no predicted class is the label of any image.
     """
     rows: dict[str, tuple[str, list[str]]] = {}
     try:
@@ -209,6 +210,8 @@ def read_ranks(path: Path, ids: Sequence[str]) -> tuple[np.ndarray, int]:
             for row in reader:
                 if len(row) not in (0, 3):
                     raise UserError(f"{path} line {reader.line_num}: {len(row)} fields, expected 3")
+                if row and row[0].strip() in rows:
+                    raise UserError(f"{path} line {reader.line_num}: '{row[0].strip()}' has a row already")
                 if row:
                     rows[row[0].strip()] = row[1].strip(), [name.strip() for name in row[2].split(";")][:5]
     except OSError as error:
@@ -218,6 +221,14 @@ def read_ranks(path: Path, ids: Sequence[str]) -> tuple[np.ndarray, int]:
     absent = [name for name in ids if name not in rows]
     if absent:
         raise UserError(f"{path}: {len(absent)} of {len(ids)} boxed images have no row (first: {absent[0]})")
+    if more := list(rows.keys() - set(ids)):
+        report.note(f"row of {path.name} whose image has no box: not scored", min(more), len(more))
+    labels = {rows[name][0] for name in ids}
+    if labels.isdisjoint(other for name in ids for other in rows[name][1]):
+        first = f"{ids[0]}: {rows[ids[0]][0]}, predicted {rows[ids[0]][1][0]}"
+        report.problem(
+            "image whose label is no image's predicted class: are both in the same words?", first, len(ids)
+        )
     counts = {len(rows[name][1]) for name in ids}
     if len(counts) > 1:
         raise UserError(f"{path}: rows predict from {min(counts)} to {max(counts)} classes; give all as many")
