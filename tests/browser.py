@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 60  # seconds for one answer
+PATIENCE = 1800  # seconds for one answer: the machine may be under any load
 
 
 def find_chromium() -> str | None:

@@ -1,6 +1,8 @@
 """Tiny data for all rooms, written by fixtures; caches go to a folder of the test session."""
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,8 @@ from PIL import Image
 from common.errors import UserError
 
 pytest.register_assert_rewrite("shapes", "synthetic_cells", "planned_cells")  # they hold fixtures
+
+PATIENCE = 1800  # seconds that anything may take: no result depends on how fast the machine is
 
 torch.set_num_threads(1)  # the suite's networks are too small to share among threads
 
@@ -54,6 +58,21 @@ def picture(path: Path, size=(20, 10), seed=0, **save) -> Path:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(path, **save)
     return path
+
+
+def wait_until(condition, process: subprocess.Popen | None = None):
+    """What the condition gives, once it is true; half an hour is for a machine under any load.
+
+    Fails at once where `process`, which should bring it about, has ended without.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        ended = process is not None and process.poll() is not None
+        if found := condition():
+            return found
+        assert not ended, f"the process ended with code {process.returncode}"
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
 
 
 def fails(call, *parts: str) -> str:

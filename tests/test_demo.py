@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +22,7 @@ def command(out: Path, *more: str) -> list[str]:
 def demo(tmp_path_factory):
     """A finished smoke demo: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo")
-    done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -64,7 +64,7 @@ def test_board_and_report_show_every_backbone(demo):
 def test_a_second_call_computes_nothing(demo):
     out, _ = demo
     before = {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")}
-    done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "0 cells computed, 24 finished before" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")} == before
 
@@ -75,14 +75,13 @@ def test_killed_in_the_middle_and_run_again_ends_in_the_same_numbers(demo, tmp_p
     process = subprocess.Popen(
         command(tmp_path, *more), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("results/*/wsol/*/*/*/*/log.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: list(tmp_path.glob("results/*/wsol/*/*/*/*/log.jsonl")), process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(1)  # its cells die with it
     assert not list(tmp_path.rglob("report.html"))
-    done = subprocess.run(command(tmp_path, *more), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(tmp_path, *more), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0 and "0 failed" in done.stdout, done.stdout
     expected = {k: v for k, v in cells(whole).items() if v["identity"]["task"] in ("classification", "wsol")}
     found = cells(tmp_path)

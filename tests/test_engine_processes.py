@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE, wait_until
 from test_engine import RECIPE as ADAM
 from test_engine import Points, Stop, dying, evaluate, network, step
 from test_engine import run as run_any
@@ -84,11 +84,9 @@ def two(tmp_path_factory):
             [*command, str(script), str(out)], stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
     try:
-        deadline = time.monotonic() + 180
-        while job.poll() is None and not read_log(out / "endless") and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: read_log(out / "endless"), job)
         job.send_signal(signal.SIGTERM)
-        (out / "code").write_text(str(job.wait(60)))
+        (out / "code").write_text(str(job.wait(PATIENCE)))
     finally:
         job.kill()
     return out

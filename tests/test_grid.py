@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, wait_until
 
 from common.board.grid import places, run_jobs, visible_gpus
 from common.board.plan import (
@@ -40,7 +40,8 @@ if how == "stopped_once" and not tries:
 if how == "sleeps":
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
     (folder / "asleep").touch()
-    time.sleep(60)
+    while True:
+        time.sleep(60)
 if how == "meets":  # two at a time: leaves the GPUs of both
     mine = os.environ["CUDA_VISIBLE_DEVICES"]
     (folder / "here").write_text(mine)
@@ -206,27 +207,28 @@ def test_cells_that_run_together_each_see_one_gpu_alone(fake, tmp_path, monkeypa
 def test_a_grid_that_dies_leaves_no_cell_behind_and_goes_on(fake, tmp_path, number):
     job = fake("a/sleeps", "sleeps")
     script = (
-        "import json, sys; from pathlib import Path\n"
+        "import json, signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from common.board.grid import run_jobs; from common.board.plan_file import jobs_of_json\n"
         f"run_jobs(jobs_of_json(json.loads({json.dumps(json.dumps(jobs_to_json([job])))})), Path({str(tmp_path)!r}))"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     process = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not (job.folder / "asleep").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    record = read_record(tmp_path, job)
-    assert record["state"] == "running"
-    process.send_signal(number)
-    process.communicate(timeout=30)
+    with process:
+        try:
+            wait_until((job.folder / "asleep").exists, process)
+            record = wait_until(
+                lambda: (r := read_record(tmp_path, job)).get("state") == "running" and r, process
+            )
+            process.send_signal(number)
+            process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert process.returncode == {signal.SIGTERM: 75, signal.SIGKILL: -9, signal.SIGINT: -2}[number] or (
         number == signal.SIGINT and process.returncode in (1, 130)
     )
     assert (job.folder / "saved").exists() == (number != signal.SIGKILL)  # asked to save, where one could ask
-    until = time.monotonic() + 10
-    while is_alive(record["pid"]) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not is_alive(record["pid"])
+    wait_until(lambda: not is_alive(record["pid"]))
     going_on = replace(job, command=(job.command[0], "fine", job.command[2]))
     assert states(run_jobs([going_on], tmp_path)) == {"a/sleeps": "done"}
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 from common.board import rerun
 from common.board.cells import load_cells
@@ -29,7 +30,7 @@ def real(tmp_path_factory):
 
 def backbench(*words, **more):
     command = [sys.executable, "-m", "common.cli", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, **more)
 
 
 def test_a_grid_of_toml_checks_runs_and_ends_with_the_board(real):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from synthetic_cells import MODELS, SKILL, N, backbone, row_named, write_cell
 
 from common.board.cells import load_cells, rescore_cells
@@ -354,7 +355,7 @@ def test_latex_compiles_whatever_the_names_are_and_however_long_the_table_is(tmp
     (tmp_path / "methods.tex").write_text(methods_latex(board), encoding="utf-8")
     (tmp_path / "document.tex").write_text(DOCUMENT)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", "document.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=PATIENCE)
     said = done.stdout.decode(errors="replace")
     assert done.returncode == 0, said[-2000:]
     assert board_latex(board).count(r"\begin{table}") == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from test_caption_metrics import some_captions
 
 from captioning import java, meteor, paraphrases
@@ -204,10 +205,10 @@ def test_a_real_java_that_dies_or_hangs_at_work_is_started_again(small_table, ho
     ours = Meteor()
     expected = ours(captions, references)
     java = ours._processes[0].java
-    java.timeout, close = (1.0 if how == signal.SIGSTOP else 60.0), java.close
+    java.timeout, close = (1.0 if how == signal.SIGSTOP else PATIENCE), java.close
 
     def patient_from_now_on():
-        java.timeout = 60.0  # to start takes longer than an answer
+        java.timeout = PATIENCE  # to start takes longer than an answer
         close()
 
     monkeypatch.setattr(java, "close", patient_from_now_on)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, wait_until
 
 from common.board import slurm
 from common.board.facts import Facts
@@ -99,15 +100,6 @@ def states(printed: str) -> dict[str, str]:
     return json.loads(printed.splitlines()[-1])
 
 
-def wait_for(what, seconds: float = 240.0):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if found := what():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("waited in vain")
-
-
 def test_a_preempted_cell_resumes_to_the_numbers_of_an_undisturbed_local_run(cluster, submitted, tmp_path):
     facts = Facts()
     made = {}
@@ -118,12 +110,12 @@ def test_a_preempted_cell_resumes_to_the_numbers_of_an_undisturbed_local_run(clu
     job, records = made["slurm"], tmp_path / "slurm" / "grid"
     executor = submitted([job], tmp_path / "slurm", cpus_per_task=1)
     log = job.folder / "log.jsonl"
-    lines = wait_for(lambda: log.exists() and log.read_text().splitlines())
+    lines = wait_until(lambda: log.exists() and log.read_text().splitlines())
     number = read_record(records, job)["slurm"]
     assert look_at([job], records, facts)[0].state == "running"
     subprocess.run(["scontrol", "requeue", number], check=True)
-    wait_for(lambda: read_record(records, job).get("restarts") == 1)
-    printed, _ = executor.communicate(timeout=300)
+    wait_until(lambda: read_record(records, job).get("restarts") == 1)
+    printed, _ = executor.communicate(timeout=PATIENCE)
     assert executor.returncode == 0 and states(printed) == {job.name: "done"}
     assert 0 < len(lines) < 25  # of 30: it was in the middle
     record = read_record(records, job)
@@ -156,7 +148,8 @@ if how == "waits":
 if how == "saves" and (folder / "tries").read_text() == "x":
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
     (folder / "ready").touch()
-    time.sleep(300)
+    while True:
+        time.sleep(300)
 if how == "writes":
     (folder / "made.pt").touch()
 (folder / "cell.json").write_text("{}")
@@ -181,9 +174,9 @@ def test_the_warning_before_a_time_limit_saves_and_requeues_the_cell(cluster, su
     """submitit asks SLURM for SIGUSR2 to the whole step; here it is sent by hand, for limits are of minutes."""
     job, records = fake("long", "saves"), tmp_path / "grid"
     executor = submitted([job], tmp_path)
-    wait_for((job.folder / "ready").exists)
+    wait_until((job.folder / "ready").exists)
     subprocess.run(["scancel", "--signal=USR2", read_record(records, job)["slurm"]], check=True)
-    printed, _ = executor.communicate(timeout=120)
+    printed, _ = executor.communicate(timeout=PATIENCE)
     assert states(printed) == {"long": "done"} and (job.folder / "saved").exists()
     assert (job.folder / "tries").read_text() == "xx" and read_record(records, job)["restarts"] == 1
 
@@ -201,13 +194,13 @@ def test_an_array_of_cells_waits_fails_and_retries_as_the_local_executor_does(
         fake("lost", "fine", backbone=str(tmp_path / "never.pt"), needs="user"),
     ]
     first = submitted(jobs, tmp_path)
-    wait_for(lambda: (tmp_path / "out" / "waits" / "tries").exists())
+    wait_until(lambda: (tmp_path / "out" / "waits" / "tries").exists())
     first.kill()  # the scheduler dies; its SLURM jobs go on
     first.communicate()
     again = submitted(jobs, tmp_path)
     time.sleep(2)
     (tmp_path / "out" / "go").touch()
-    printed, _ = again.communicate(timeout=120)
+    printed, _ = again.communicate(timeout=PATIENCE)
     expected = {
         **dict.fromkeys(("pre", "dies_once", "waits", "uses"), "done"),
         "user": "failed",

@@ -192,7 +192,7 @@ def test_status_failed_running_and_to_do(tmp_path, facts, finished):
     assert status.state == "failed" and status.why == ("exit code 1", "two", "three", "RuntimeError: a bug")
     code = f"import fcntl, time; f = open({str(job.folder / '.lock')!r}, 'w'); fcntl.flock(f, 2); print(1, flush=True)"
     with contextlib.ExitStack() as stack:
-        process = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(1e6)"], stdout=subprocess.PIPE)
         stack.callback(process.wait)
         stack.callback(process.kill)
         process.stdout.readline()
