@@ -139,7 +139,8 @@ def measure(backbone: Backbone, images: np.ndarray, device: torch.device) -> dic
     inputs = []
     for reading in (given, *known):
         layers = bn_distances(lambda x: trunk.run(x, stop="layer1"), trunk, prepared(reading))
-        inputs.append({"name": reading.name, "distance": _mean(layers), "flags": reading.flags})
+        flags = reading.flags + (" --no-bgr" if backbone.bgr and not reading.bgr else "")
+        inputs.append({"name": reading.name, "distance": _mean(layers), "flags": flags})
     fitting = min((given, *known), key=lambda r: next(i["distance"] for i in inputs if i["name"] == r.name))
     pooled: list[dict[str, Tensor]] = []
 
@@ -214,7 +215,7 @@ def _judge(report: dict[str, Any]) -> dict[str, list[str]]:
     strides = [
         {**s, "name": f"stride in the {s['name']}", "flags": flag}
         for s in report["strides"]
-        for flag in ["--stride-in-1x1" if s["name"] == "1x1" else "no --stride-in-1x1"]
+        for flag in ["--stride-in-1x1" if s["name"] == "1x1" else "--no-stride-in-1x1"]
     ]
     for candidates in (report["inputs"], strides):
         if candidates:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import read_checkpoint, tensors_of
 from common.declared import contradiction, declared_input
+from common.dialects import to_torchvision
 from common.errors import UserError
 from common.files import digest, file_and_choice, write_atomic
 from common.find_resnet import check_body, cifar_line, find_resnet, recognise
@@ -57,8 +58,8 @@ def load_backbone(
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    stride_in_1x1: bool = False,
-    bgr: bool = False,
+    stride_in_1x1: bool | None = None,
+    bgr: bool | None = None,
     weights: str | None = None,
     leave_out: Sequence[str] = (),
 ) -> Backbone:
@@ -68,15 +69,16 @@ def load_backbone(
     with `arch` or with what the file says of itself; `arch` overrides the latter. `weights` says which of several
     networks in a file is taken (ema, raw, student, teacher … or a key prefix), `leave_out` which modules beside the
     body may be left out though they are no known head.
-    `mean` and `std` (of RGB/255) override what the file says, `stride_in_1x1` puts a bottleneck's stride there, `bgr`
-    is for weights that were trained on BGR; all four are part of the fingerprint. Raises UserError for anything but a
-    full, finite, trained body.
+    `mean` and `std` (of RGB/255), `stride_in_1x1` (a bottleneck's stride stands there) and `bgr` (the weights were
+    trained on BGR) override what the file says or the library whose names it has; all four are part of the fingerprint.
+    Raises UserError for anything but a full, finite, trained body.
     """
     kind, _, rest = spec.partition(":")
     if kind == "scratch":
         if weights:
             raise UserError(f"{spec}: random weights are one network; drop --weights")
-        return _scratch(rest or arch or "resnet50", spec, name, seed, mean, std, stride_in_1x1, bgr)
+        arch = rest or arch or "resnet50"
+        return _scratch(arch, spec, name, seed, mean, std, bool(stride_in_1x1), bgr)
     model, content = None, {}
     if kind in ("torchvision", "timm") and rest:
         model, facts = _from_library(kind, rest)
@@ -88,8 +90,10 @@ def load_backbone(
         tensors, facts, content = _from_file(Path(path).expanduser())
     if facts.get("arch") and facts["arch"] not in ARCHS:
         raise UserError(cifar_line(spec, facts["arch"]))
+    tensors, own, said_of_names = to_torchvision(tensors, content, spec)
+    facts = {**own, **facts}
     network = find_resnet(tensors, spec, weights, tuple(leave_out))
-    body, notes = network.body, network.notes
+    body, notes = network.body, network.notes + said_of_names
     found = recognise(body, spec)
     for declared in (facts.get("arch"), arch):
         if declared and declared != found:
@@ -97,7 +101,11 @@ def load_backbone(
                 f"{spec}: its weights are a {found}, not a {declared}; drop --arch or give the right file"
             )
     notes += _believe(content, found, arch, spec)
-    stride_in_1x1 = stride_in_1x1 or bool(facts.get("stride_in_1x1"))  # an export says it of itself
+    if stride_in_1x1 is None:
+        stride_in_1x1 = bool(facts.get("stride_in_1x1")) and ARCHS[found][0].expansion > 1
+    if bgr is None:
+        bgr = bool(facts.get("bgr"))
+    facts.pop("bgr", None)  # true of the file, not of the trunk
     trunk = _trunk(found, stride_in_1x1, spec)
     wanted = trunk.state_dict()
     check_body(wanted, body, found, spec)

@@ -17,7 +17,14 @@ from common.trunk import ARCHS
 BODY = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 # children of a ResNet in an nn.Sequential, as lightly and others cut it
 NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-CLASSIFIERS = ("fc", "head.fc", "head", "classifier", "linear")  # where a linear classifier stands
+CLASSIFIERS = (
+    "fc",
+    "head.fc",
+    "head",
+    "classifier",
+    "linear",
+    "last_linear",
+)  # where a linear classifier stands
 # torch.compile, activation checkpointing, FSDP and fairscale put these into the names of what they wrap
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module")
 NORMALISERS = {
@@ -91,17 +98,11 @@ HEADS = {
         "bbox_embed",
         "query_embed",
         "input_proj",
-        "fpn_lateral3",
-        "fpn_lateral4",
     ),
     *(
-        "fpn_lateral5",
-        "fpn_output3",
-        "fpn_output4",
-        "fpn_output5",
+        "fpn_lateral",
+        "fpn_output",
         "top_block",
-        "fpn_lateral2",
-        "fpn_output2",
     ),
 }
 DILATED = {"decode_head", "aux_classifier", "auxiliary_head"}  # segmenters dilate layer3 and layer4
@@ -366,7 +367,8 @@ def recognise(state: dict[str, Tensor], spec: str) -> str:
         )
     if not any(k.endswith("running_mean") for k in state):
         raise UserError(
-            f"{spec}: its norms keep no statistics (GroupNorm, LayerNorm …); the networks here have batch norm"
+            f"{spec}: its norms keep no statistics (GroupNorm, LayerNorm, or batch norms folded into scales); "
+            "the networks here have batch norm"
         )
     blocks = tuple(len({k.split(".")[1] for k in state if k.startswith(f"layer{n}.")}) for n in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in state
@@ -416,7 +418,14 @@ def check_body(wanted: dict[str, Tensor], state: dict[str, Tensor], arch: str, s
             f"{spec}: not a whole body of a {arch}: {'; '.join(problems)}; give a complete checkpoint"
         )
     means = [k for k in state if k.endswith("running_mean")]
-    if all(not state[k].any() and (state[k[:-4] + "var"] == 1).all() for k in means):
+    if all(not state[k].any() and ((state[k[:-4] + "var"] - 1).abs() < 1e-4).all() for k in means):
+        scales = [state[k.replace("running_mean", "weight")] for k in means]
+        if not all(((scale == 0) | (scale == 1)).all() for scale in scales):
+            raise UserError(
+                f"{spec}: its batch norms are frozen without statistics (mean 0, variance 1, folded into their scales, "
+                "as in Caffe's and detectron2's weights): what they read cannot be checked and they cannot train; give "
+                "weights with their statistics, e.g. those converted from torchvision's"
+            )
         raise UserError(
             f"{spec}: its batch-norm statistics were never trained; use scratch:{arch} for random weights"
         )

@@ -90,12 +90,15 @@ def reading_arguments(made: argparse.ArgumentParser) -> None:
         "--input-std", metavar="R,G,B", help="deviation to divide by then (1/255 each for 0 to 255)"
     )
     made.add_argument(
-        "--bgr", action="store_true", help="the weights were trained on BGR images (Caffe, OpenCV)"
+        "--bgr",
+        action=argparse.BooleanOptionalAction,
+        help="the weights were trained on BGR images (Caffe, OpenCV; default: as the file or its library says)",
     )
     made.add_argument(
         "--stride-in-1x1",
-        action="store_true",
-        help="bottlenecks stride in the 1×1 convolution (Caffe's and jwyang's ResNets), not in the 3×3",
+        action=argparse.BooleanOptionalAction,
+        help="bottlenecks stride in the 1×1 convolution (Caffe's and jwyang's ResNets), not in the 3×3 (default: "
+        "as the file or its library says)",
     )
 
 

@@ -99,7 +99,7 @@ def test_finds_the_convolution_that_strides(truth, images):
     assert not right["warnings"] and right["verdict"][1].startswith(f"stride in the {truth} fits")
     trunk.swap_strides()
     wrong = measure(backbone_of(trunk, stride_in_1x1=truth == "3x3"), images[:32], CPU)
-    other, flag = ("1x1", "no --stride-in-1x1") if truth == "3x3" else ("3x3", "--stride-in-1x1")
+    other, flag = ("1x1", "--no-stride-in-1x1") if truth == "3x3" else ("3x3", "--stride-in-1x1")
     (line,) = wrong["warnings"]
     assert line.startswith(f"stride in the {truth} fits these weights better than stride in the {other}")
     assert line.endswith(f"try {flag}")
