@@ -246,7 +246,7 @@ class TestClassNotes:
     def test_name_classes_of_one_set_alone(self, devkit, backbone):
         train_set, test_set = open_detection(f"voc:{devkit},classes=ball+cube+cone")
         assert class_notes(train_set, test_set) == []
-        test_set.labels[1][1] = 2  # of the two cubes the other is difficult
+        test_set.truth[1].labels[1] = 2  # of the two cubes the other is difficult
         assert class_notes(train_set, test_set) == [
             "1 × class without a training object: its AP can only be 0 (cone)",
             "1 × class without a test object that counts: left out of the mean (cube)",
