@@ -102,7 +102,7 @@ def load_backbone(
             )
     notes += _believe(content, found, arch, spec)
     if stride_in_1x1 is None:
-        stride_in_1x1 = bool(facts.get("stride_in_1x1")) and ARCHS[found][0].expansion > 1
+        stride_in_1x1 = bool(facts.get("stride_in_1x1"))  # an export says it of itself
     if bgr is None:
         bgr = bool(facts.get("bgr"))
     facts.pop("bgr", None)  # true of the file, not of the trunk

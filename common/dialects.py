@@ -183,41 +183,39 @@ def _reading(
     tensors: dict[str, Tensor], dialect: Dialect, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """(tensors without detectron2's pixel_mean and pixel_std, facts, what is said of them)."""
-    facts = dict(dialect.facts)
-    if not facts:
+    if not dialect.facts:
         return tensors, {}, []
-    own = {
-        name: next(
-            (v.flatten().tolist() for k, v in tensors.items() if re.search(rf"(?:^|\.){name}$", k)), None
-        )
-        for name in ("pixel_mean", "pixel_std")
+    pixel = {
+        name: value.flatten().tolist()
+        for key, value in tensors.items()
+        if (name := key.rpartition(".")[2]) in ("pixel_mean", "pixel_std") and value.numel() == 3
     }
-    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in own}
-    source = "as its own configurations do"
+    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in pixel}
     if content.get("__author__") == "torchvision":
         return tensors, {}, ["made from torchvision's weights, it says: RGB with ImageNet's mean and std"]
-    if all(values and len(values) == 3 for values in own.values()):
-        mean, std = own["pixel_mean"], own["pixel_std"]
-        bgr = mean[0] < mean[2]  # ImageNet's blue is the darkest
-        if bgr:
-            mean, std = mean[::-1], std[::-1]
-        source = "as its pixel_mean and pixel_std say"
-        facts = {
-            "mean": tuple(v / 255 for v in mean),
-            "std": tuple(v / 255 for v in std),
-            "bgr": bgr,
-            "stride_in_1x1": std == [1.0, 1.0, 1.0],  # detectron2's other weights stride in the 3×3
-        }
-    text = f"{'BGR' if facts['bgr'] else 'RGB'}, stride in the {'1×1' if facts['stride_in_1x1'] else '3×3'}"
+    if len(pixel) == 2:
+        facts, source = (
+            _pixel_facts(pixel["pixel_mean"], pixel["pixel_std"]),
+            "its pixel_mean and pixel_std say",
+        )
+    else:
+        facts, source = dict(dialect.facts), "that library's own settings are"
+    if not any(key.endswith("layer1.0.conv3.weight") for key in tensors):
+        facts["stride_in_1x1"] = False  # two 3×3 convolutions a block
     mean, std = (", ".join(f"{v * 255:.4g}" for v in facts[what]) for what in ("mean", "std"))
-    return (
-        tensors,
-        facts,
-        [
-            f"read {source}: {text}, less {mean} of 255, over {std}; --input-mean, --input-std, --no-bgr and "
-            "--no-stride-in-1x1 override"
-        ],
-    )
+    text = f"{'BGR' if facts['bgr'] else 'RGB'}, less {mean} (R, G, B), over {std}"
+    text += ", stride in the 1×1" if facts["stride_in_1x1"] else ""
+    flags = "--input-mean, --input-std, --no-bgr or --no-stride-in-1x1"
+    return tensors, facts, [f"read as {source}, unless {flags} say otherwise: {text}"]
+
+
+def _pixel_facts(mean: list[float], std: list[float]) -> dict[str, Any]:
+    """detectron2's PIXEL_MEAN and PIXEL_STD, of 255; only its weights with a std of 1 stride in the 1×1."""
+    bgr = mean[0] < mean[2]  # in ImageNet blue is the darkest
+    if bgr:
+        mean, std = mean[::-1], std[::-1]
+    shares = {"mean": tuple(v / 255 for v in mean), "std": tuple(v / 255 for v in std)}
+    return {**shares, "bgr": bgr, "stride_in_1x1": std == [1.0, 1.0, 1.0]}
 
 
 def _refuse_folded(tensors: Mapping[str, Tensor], spec: str) -> None:
