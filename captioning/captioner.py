@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backbench.captioning.beam import beam_search
+from backbench.captioning.nic import NIC
+from backbench.captioning.recipes import CaptionRecipe
+from backbench.captioning.vocabulary import END, PAD, START, UNK, Vocabulary, load_vocabulary
+from backbench.common.backbones.load import Backbone
+from backbench.common.backbones.resnet import Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_atomic, write_json
+from backbench.common.base.recipe import to_json
+from backbench.common.engine import autocast
 from torch import Tensor
-
-from captioning.beam import beam_search
-from captioning.nic import NIC
-from captioning.recipes import CaptionRecipe
-from captioning.vocabulary import END, PAD, START, UNK, Vocabulary, load_vocabulary
-from common.backbone import Backbone
-from common.engine import autocast
-from common.errors import UserError
-from common.files import read_json, write_atomic, write_json
-from common.recipe import to_json
-from common.trunk import Trunk
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-
-from captioning.recipes import CaptionRecipe
-from captioning.vocabulary import PAD, Vocabulary
-from common.backbone import Backbone
-from common.data.cache import cached_array, files_state
-from common.data.decode import Fit, centre_crop, decode_all, read_rgb
-from common.data.types import CaptionSet
-from common.engine import autocast, stream
-from common.files import digest
-from common.progress import progress
-from common.trunk import normalise
+from backbench.captioning.recipes import CaptionRecipe
+from backbench.captioning.vocabulary import PAD, Vocabulary
+from backbench.common.backbones.load import Backbone
+from backbench.common.backbones.resnet import normalise
+from backbench.common.base.cache import cached_array, files_state
+from backbench.common.base.files import digest
+from backbench.common.base.progress import progress
+from backbench.common.data.decode import Fit, centre_crop, decode_all, read_rgb
+from backbench.common.data.types import CaptionSet
+from backbench.common.engine import autocast, stream
 
 VIEW = 100  # use number of the streams that place the views' crops: the same for every seed and backbone
 BLOCK = 64  # images an encoder pass: no recipe field, as it can move the last bit of a feature

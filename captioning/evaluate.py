@@ -17,13 +17,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from captioning.report import best_and_worst, captions_shown, scores_table, statistics, write_pictures
-from captioning.scoring import Scorer
-from common.arguments import Parser, positive
-from common.data.layout import Report, json_id, need_present, whole_text
-from common.errors import UserError, run_main
-from common.files import make_folder, read_json, write_json, write_text
-from common.metrics.captions import NAMES, per_image, rescore
+from backbench.captioning.report import (
+    best_and_worst,
+    captions_shown,
+    scores_table,
+    statistics,
+    write_pictures,
+)
+from backbench.captioning.scoring import Scorer
+from backbench.common.base.arguments import Parser, positive
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import make_folder, read_json, write_json, write_text
+from backbench.common.data.layout import Report, json_id, need_present, whole_text
+from backbench.common.metrics.captions import NAMES, per_image, rescore
 
 
 def main(argv: list[str] | None = None) -> int:

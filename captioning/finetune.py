@@ -12,7 +12,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -24,26 +24,25 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from captioning.captioner import build_nic, decode, save_captioner
-from captioning.data import CaptionItems, centre_crops, pooled_features
-from captioning.nic import NIC
-from captioning.recipes import RECIPES, CaptionRecipe
-from captioning.report import as_markdown, best_and_worst, statistics, write_pictures
-from captioning.scoring import Scorer
-from captioning.vocabulary import Vocabulary, build_vocabulary, words_of_all
-from common.backbone import Backbone
-from common.cell import Run
-from common.data import open_captions
-from common.data.thumbnails import write_thumbnails
-from common.data.types import CaptionSet
-from common.engine import INIT, is_main, torch_seed, train
-from common.errors import UserError, run_main
-from common.files import read_json, write_json
-from common.metrics import rescore
-from common.progress import progress
-from common.recipe import engine_options, override
-from common.transfer import open_transfer, transfer_parser
+from backbench.captioning.captioner import build_nic, decode, save_captioner
+from backbench.captioning.data import CaptionItems, centre_crops, pooled_features
+from backbench.captioning.nic import NIC
+from backbench.captioning.recipes import RECIPES, CaptionRecipe
+from backbench.captioning.report import as_markdown, best_and_worst, statistics, write_pictures
+from backbench.captioning.scoring import Scorer
+from backbench.captioning.vocabulary import Vocabulary, build_vocabulary, words_of_all
+from backbench.common.backbones.load import Backbone
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import read_json, write_json
+from backbench.common.base.progress import progress
+from backbench.common.base.recipe import engine_options, override
+from backbench.common.data import open_captions
+from backbench.common.data.thumbnails import write_thumbnails
+from backbench.common.data.types import CaptionSet
+from backbench.common.engine import INIT, is_main, torch_seed, train
+from backbench.common.metrics import rescore
+from backbench.common.run.cell import Run
+from backbench.common.run.transfer import open_transfer, transfer_parser
 
 TASK, MODEL = "captioning", "nic"
 

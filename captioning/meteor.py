@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from captioning import paraphrases
-from captioning.java import JavaError, JavaLines, find_jar, find_java, one_line
-from common.data.cache import cache_folder
-from common.errors import UserError
-from common.files import digest, write_atomic
-from common.metrics.captions import meteor_counts
+from backbench.captioning import paraphrases
+from backbench.captioning.java import JavaError, JavaLines, find_jar, find_java, one_line
+from backbench.common.base.cache import cache_folder
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import digest, write_atomic
+from backbench.common.metrics.captions import meteor_counts
 
 MANY = 1000  # captions from which a second process pays
 CHUNK = 200  # captions sent at a time where two processes share them

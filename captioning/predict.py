@@ -14,7 +14,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -26,17 +26,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from backbench.captioning.captioner import Captioner, decode, load_captioner
+from backbench.captioning.data import centre_crops
+from backbench.common.base.arguments import Parser
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import make_folder, write_json
+from backbench.common.base.recipe import override
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.pictures import find_pictures, picture_names, write_jpeg
+from backbench.common.engine import pick_device
 from PIL import Image, ImageDraw, ImageFont
-
-from captioning.captioner import Captioner, decode, load_captioner
-from captioning.data import centre_crops
-from common.arguments import Parser
-from common.data.decode import read_rgb
-from common.data.pictures import find_pictures, picture_names, write_jpeg
-from common.engine import pick_device
-from common.errors import UserError, run_main
-from common.files import make_folder, write_json
-from common.recipe import override
 
 
 def main(argv: list[str] | None = None) -> int:

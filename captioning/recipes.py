@@ -1,4 +1,4 @@
-"""Captioning recipes. Source tags as in common/recipe.py; B is stevehuanghe/image_captioning.
+"""Captioning recipes. Source tags as in common/base/recipe.py; B is stevehuanghe/image_captioning.
 
 `paper` is the paper's NIC on COCO 2014 (appendix C): expect BLEU-4 22.9, METEOR 22.8, CIDEr 71.2 of the baseline
 ResNet-50, 24.9, 23.1, 77.6 of CutMix; training sees features only, so 100 epochs take hours, not days, on one GPU:
@@ -12,9 +12,9 @@ cores, some fifteen seconds: CIDEr around .8, a constant caption .4.
 
 from dataclasses import dataclass, replace
 
-from captioning.beam import PENALTIES, Beam
-from common.errors import UserError
-from common.recipe import Recipe, knob
+from backbench.captioning.beam import PENALTIES, Beam
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import Recipe, knob
 
 
 @dataclass(frozen=True, kw_only=True)

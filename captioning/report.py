@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.cell import Run
-from common.data.decode import read_rgb
-from common.data.pictures import shrink, write_jpeg
-from common.files import make_folder
-from common.metrics.captions import NAMES, per_image
+from backbench.common.base.files import make_folder
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.pictures import shrink, write_jpeg
+from backbench.common.metrics.captions import NAMES, per_image
+from backbench.common.run.cell import Run
 
 SHOWN = 10  # best and worst captions
 SIDE = 320  # pixels of their pictures, the longer side

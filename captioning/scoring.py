@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-
-from captioning.java import JavaError, find_java
-from captioning.meteor import Meteor
-from captioning.spice import Spice
-from captioning.tokenizer import Tokenizer, tokenize_plain, tokenize_references
-from common.errors import UserError
-from common.metrics import captions as metrics
+from backbench.captioning.java import JavaError, find_java
+from backbench.captioning.meteor import Meteor
+from backbench.captioning.spice import Spice
+from backbench.captioning.tokenizer import Tokenizer, tokenize_plain, tokenize_references
+from backbench.common.base.errors import UserError
+from backbench.common.metrics import captions as metrics
 
 
 class Scorer:

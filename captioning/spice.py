@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-
-from captioning.java import JavaError, find_java, one_line
-from common.errors import UserError
+from backbench.captioning.java import JavaError, find_java, one_line
+from backbench.common.base.errors import UserError
 
 MEMORY = "-Xmx8G"  # what its authors ask for
 HOURS = 6

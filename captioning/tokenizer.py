@@ -3,10 +3,10 @@
 import functools
 from collections.abc import Callable, Sequence
 
-from captioning.java import JavaError, JavaLines, find_jar, one_line
-from common.data.cache import cache_folder
-from common.errors import UserError
-from common.files import digest, read_json, write_json
+from backbench.captioning.java import JavaError, JavaLines, find_jar, one_line
+from backbench.common.base.cache import cache_folder
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import digest, read_json, write_json
 
 # what pycocoevalcap's PTBTokenizer drops; it compares lower-cased tokens, so brackets (-lrb-) in fact stay
 PUNCTUATION = frozenset(

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from captioning.java import JavaError, one_line
-from captioning.tokenizer import PUNCTUATION, Tokenizer, tokenize_references
-from common.errors import UserError
-from common.files import read_json, write_json
+from backbench.captioning.java import JavaError, one_line
+from backbench.captioning.tokenizer import PUNCTUATION, Tokenizer, tokenize_references
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_json
 
 PAD, START, END, UNK = range(4)
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")

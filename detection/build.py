@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.backbone import Backbone, read_checkpoint
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.recipe import to_json
-from common.trunk import ARCHS, Trunk
-from detection.faster_rcnn import FasterRCNN
-from detection.recipes import DetectionRecipe, FasterRCNNRecipe, SSDRecipe
-from detection.ssd import SSD300
+from backbench.common.backbones.load import Backbone, read_checkpoint
+from backbench.common.backbones.resnet import ARCHS, Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_json
+from backbench.common.base.recipe import to_json
+from backbench.detection.faster_rcnn import FasterRCNN
+from backbench.detection.recipes import DetectionRecipe, FasterRCNNRecipe, SSDRecipe
+from backbench.detection.ssd import SSD300
 
 FORMAT = "backbench-detector-1"
 KINDS = {"ssd300": SSDRecipe, "faster_rcnn": FasterRCNNRecipe}

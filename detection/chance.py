@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-
-from common.data.types import DetectionSet
-from common.engine import SPLIT, stream
-from common.metrics import coco
-from common.metrics.average_precision import WRONG, Boxes, match, ranked
-from detection.scores import IOU, scores, truth_of
+from backbench.common.data.types import DetectionSet
+from backbench.common.engine import SPLIT, stream
+from backbench.common.metrics import coco
+from backbench.common.metrics.average_precision import WRONG, Boxes, match, ranked
+from backbench.detection.scores import IOU, scores, truth_of
 
 DRAWS = 20
 

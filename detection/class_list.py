@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.data.spec import DataSpec
-from common.data.voc import VOC_CLASSES, split_classes
-from common.errors import UserError
-from common.files import read_json
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json
+from backbench.common.data.readers.voc import VOC_CLASSES, split_classes
+from backbench.common.data.registry import DataSpec
 
 MODEL = "model.json"
 

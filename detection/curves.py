@@ -5,8 +5,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
-
-from common.metrics.average_precision import precision_recall
+from backbench.common.metrics.average_precision import precision_recall
 
 AT = np.linspace(0.0, 1.0, 101)
 WIDTH, HEIGHT, LEFT, TOP, GAP = 140, 110, 26, 18, 14  # pixels of a panel and its margins

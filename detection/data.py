@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.base.progress import progress
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.types import DetectionSet
+from backbench.detection.augment import frcnn_view, ssd_view
+from backbench.detection.recipes import DetectionRecipe, FasterRCNNRecipe, SSDRecipe
+from backbench.detection.scores import truth_of
 from torch import Tensor
-
-from common.data.decode import read_rgb
-from common.data.types import DetectionSet
-from common.errors import UserError
-from common.progress import progress
-from detection.augment import frcnn_view, ssd_view
-from detection.recipes import DetectionRecipe, FasterRCNNRecipe, SSDRecipe
-from detection.scores import truth_of
 
 IN_MEMORY = 2**30  # bytes of decoded images that are kept
 READERS = 4  # threads that decode

@@ -4,18 +4,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from backbench.common.base.progress import progress
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.types import DetectionSet
+from backbench.common.engine import autocast
+from backbench.common.metrics.average_precision import Boxes
+from backbench.detection.augment import resize, scaled_size
+from backbench.detection.data import read_ahead
+from backbench.detection.faster_rcnn import FasterRCNN, need_finite
+from backbench.detection.recipes import FasterRCNNRecipe, SSDRecipe
+from backbench.detection.ssd import SSD300, detect
 from torch import Tensor
-
-from common.data.decode import read_rgb
-from common.data.types import DetectionSet
-from common.engine import autocast
-from common.metrics.average_precision import Boxes
-from common.progress import progress
-from detection.augment import resize, scaled_size
-from detection.data import read_ahead
-from detection.faster_rcnn import FasterRCNN, need_finite
-from detection.recipes import FasterRCNNRecipe, SSDRecipe
-from detection.ssd import SSD300, detect
 
 SIDE = 300
 

@@ -25,20 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.arguments import Parser
-from common.data.coco import read_instances
-from common.data.layout import Report
-from common.data.spec import DataSpec
-from common.data.voc import read_published
-from common.errors import UserError, run_main
-from common.files import write_json
-from common.metrics import coco
-from common.metrics.average_precision import PRESETS, Boxes, Convention, match
-from detection.class_list import MODEL, devkit_classes, given_classes, run_classes
-from detection.curves import curves
-from detection.results import read_results, read_voc_results
-from detection.scores import IOU, by_size, fraction, per_class, percent, scores, table_lines
+from backbench.common.base.arguments import Parser
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import write_json
+from backbench.common.data.layout import Report
+from backbench.common.data.readers.coco import read_instances
+from backbench.common.data.readers.voc import read_published
+from backbench.common.data.registry import DataSpec
+from backbench.common.metrics import coco
+from backbench.common.metrics.average_precision import PRESETS, Boxes, Convention, match
+from backbench.detection.class_list import MODEL, devkit_classes, given_classes, run_classes
+from backbench.detection.curves import curves
+from backbench.detection.results import read_results, read_voc_results
+from backbench.detection.scores import IOU, by_size, fraction, per_class, percent, scores, table_lines
 
 
 @dataclass

@@ -15,7 +15,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -27,14 +27,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
+from backbench.common.base.arguments import Parser
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import make_folder, write_atomic
+from backbench.detection.build import load_detector
+from backbench.detection.matching import decode
+from backbench.detection.ssd import SSD300
 from torch import Tensor, nn
-
-from common.arguments import Parser
-from common.errors import UserError, run_main
-from common.files import make_folder, write_atomic
-from detection.build import load_detector
-from detection.matching import decode
-from detection.ssd import SSD300
 
 
 class Raw(nn.Module):

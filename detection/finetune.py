@@ -13,7 +13,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -22,25 +22,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from backbench.common.backbones.load import Backbone
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.recipe import describe, engine_options, override
+from backbench.common.data import DetectionSet, open_detection
+from backbench.common.data.thumbnails import write_thumbnails
+from backbench.common.engine import INIT, is_main, torch_seed, train, world
+from backbench.common.run.cell import Run
+from backbench.common.run.transfer import open_transfer, transfer_parser
+from backbench.detection.build import make_model, write_facts
+from backbench.detection.data import TrainViews, class_notes
+from backbench.detection.detect import predict
+from backbench.detection.faster_rcnn import FasterRCNN, parameter_groups, synchronise_batch_norm
+from backbench.detection.recipes import RECIPES, DetectionRecipe, FasterRCNNRecipe, SSDRecipe
+from backbench.detection.report import finish
+from backbench.detection.results import write_results
+from backbench.detection.scores import cell_statistics, percent, scores
+from backbench.detection.ssd import SSD300, ssd_loss
 from torch import Tensor, nn
-
-from common.backbone import Backbone
-from common.cell import Run
-from common.data import DetectionSet, open_detection
-from common.data.thumbnails import write_thumbnails
-from common.engine import INIT, is_main, torch_seed, train, world
-from common.errors import UserError, run_main
-from common.recipe import describe, engine_options, override
-from common.transfer import open_transfer, transfer_parser
-from detection.build import make_model, write_facts
-from detection.data import TrainViews, class_notes
-from detection.detect import predict
-from detection.faster_rcnn import FasterRCNN, parameter_groups, synchronise_batch_norm
-from detection.recipes import RECIPES, DetectionRecipe, FasterRCNNRecipe, SSDRecipe
-from detection.report import finish
-from detection.results import write_results
-from detection.scores import cell_statistics, percent, scores
-from detection.ssd import SSD300, ssd_loss
 
 TASK = "detection"
 

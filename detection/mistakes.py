@@ -15,12 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.pictures import write_jpeg
+from backbench.common.data.types import DetectionSet
+from backbench.common.metrics.average_precision import (
+    IGNORED,
+    RIGHT,
+    WRONG,
+    Boxes,
+    most_overlapped,
+    ranked,
+    rescore,
+)
 from PIL import Image, ImageDraw, ImageFont
-
-from common.data.decode import read_rgb
-from common.data.pictures import write_jpeg
-from common.data.types import DetectionSet
-from common.metrics.average_precision import IGNORED, RIGHT, WRONG, Boxes, most_overlapped, ranked, rescore
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
 KINDS = ("localisation", "confusion", "background", "duplicate", "missed")

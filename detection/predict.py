@@ -14,7 +14,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -26,17 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from backbench.common.base.arguments import Parser
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import make_folder, write_json
+from backbench.common.data.decode import read_headers, read_rgb
+from backbench.common.data.pictures import find_pictures, picture_names, write_jpeg
+from backbench.common.data.types import DetectionSet
+from backbench.common.engine import pick_device
+from backbench.detection.build import load_detector
+from backbench.detection.detect import predict
 from PIL import Image, ImageDraw, ImageFont
-
-from common.arguments import Parser
-from common.data.decode import read_headers, read_rgb
-from common.data.pictures import find_pictures, picture_names, write_jpeg
-from common.data.types import DetectionSet
-from common.engine import pick_device
-from common.errors import UserError, run_main
-from common.files import make_folder, write_json
-from detection.build import load_detector
-from detection.detect import predict
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Detection recipes. Source tags as in common/recipe.py.
+"""Detection recipes. Source tags as in common/base/recipe.py.
 
 `paper`, VOC07+12 → VOC07 test, mAP of ResNet-50 with baseline, Mixup, Cutout, CutMix (one run each; ±1.4 between
 two runs of one configuration): ssd300 76.7, 76.6, 76.8, 77.6; faster_rcnn 75.6, 73.9, 75.0, 76.7.
@@ -15,8 +15,8 @@ faster_rcnn .55 (one seed, 150 images); of random weights .27 and .14, chance .0
 
 from dataclasses import dataclass, replace
 
-from common.errors import UserError
-from common.recipe import Recipe, knob
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import Recipe, knob
 
 LEVELS = 5  # of the pyramid: layer1 to layer4, and layer4 once more at half the resolution
 NECKS = ("c4", "fpn")

@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from common.cell import Run
-from common.data.types import DetectionSet
-from common.files import write_text
-from common.metrics import coco
-from detection.chance import DRAWS, chance
-from detection.curves import curves, picture
-from detection.mistakes import KINDS, count_mistakes, draw_mistakes, find_mistakes
-from detection.results import read_results
-from detection.scores import (
+from backbench.common.base.files import write_text
+from backbench.common.data.types import DetectionSet
+from backbench.common.metrics import coco
+from backbench.common.run.cell import Run
+from backbench.detection.chance import DRAWS, chance
+from backbench.detection.curves import curves, picture
+from backbench.detection.mistakes import KINDS, count_mistakes, draw_mistakes, find_mistakes
+from backbench.detection.results import read_results
+from backbench.detection.scores import (
     IOU,
     by_size,
     cell_statistics,

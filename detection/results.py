@@ -8,11 +8,10 @@ from pathlib import Path
 from string import digits
 
 import numpy as np
-
-from common.data.layout import found, is_data, json_id, read_lines
-from common.errors import UserError
-from common.files import read_json, write_text
-from common.metrics.average_precision import Boxes
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_text
+from backbench.common.data.layout import found, is_data, json_id, read_lines
+from backbench.common.metrics.average_precision import Boxes
 
 FORM = '{"image_id", "category_id", "bbox": [x, y, width, height], "score"}'
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from common.data.types import DetectionSet
-from common.metrics import coco, rescore
-from common.metrics.average_precision import RIGHT, Boxes, class_ap, match, ranked
+from backbench.common.data.types import DetectionSet
+from backbench.common.metrics import coco, rescore
+from backbench.common.metrics.average_precision import RIGHT, Boxes, class_ap, match, ranked
 
 IOU = 0.5
 

@@ -15,7 +15,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -26,24 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from backbench.common.backbones.checkpoint import read_checkpoint
+from backbench.common.backbones.load import Backbone, load_classifier
+from backbench.common.base.arguments import Parser, whole
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import digest, file_and_choice, fitting_name, write_npz
+from backbench.common.base.recipe import label, override
+from backbench.common.classify.crops import test_images
+from backbench.common.classify.step import predict_logits
+from backbench.common.data import open_classification
+from backbench.common.engine import is_main, pick_device
+from backbench.common.run.cell import Identity, open_run
+from backbench.common.run.transfer import data_or_world, reading, reading_arguments
+from backbench.pretrain.class_order import check_order, class_order_argument, match_classes, names_in
+from backbench.pretrain.networks import NETWORKS, load_network
+from backbench.pretrain.recipes import RECIPES
+from backbench.pretrain.report import evaluate, finish
 from torch import nn
-
-from common.arguments import Parser, whole
-from common.backbone import Backbone, load_classifier
-from common.cell import Identity, open_run
-from common.checkpoint import read_checkpoint
-from common.classify import predict_logits
-from common.crops import test_images
-from common.data import open_classification
-from common.engine import is_main, pick_device
-from common.errors import UserError, run_main
-from common.files import digest, file_and_choice, fitting_name, write_npz
-from common.recipe import label, override
-from common.transfer import data_or_world, reading, reading_arguments
-from pretrain.class_order import check_order, class_order_argument, match_classes, names_in
-from pretrain.networks import NETWORKS, load_network
-from pretrain.recipes import RECIPES
-from pretrain.report import evaluate, finish
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Every network that can be pretrained: the ImageNet family of `common.trunk` and the paper's CIFAR networks.
+"""Every network that can be pretrained: the ImageNet family of `common.backbones` and the paper's CIFAR networks.
 
 The CIFAR networks' attributes carry the names of the official code (`conv1`, `bn1`, `layer1` … `layer3`, `fc`, and
 `bn_final` of a PyramidNet), so its checkpoints map key by key. The last module of a block's residual branch is `bn3`
@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backbench.common.backbones.load import read_backbone_file
+from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk
+from backbench.common.base.errors import UserError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
-
-from common.backbone import read_backbone_file
-from common.errors import UserError
-from common.trunk import ARCHS, Classifier, Trunk
 
 EXPANSION = 4  # output channels of a bottleneck by those of its 3×3
 

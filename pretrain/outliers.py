@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from common.data import open_classification, parse_data
-from common.data.check import check_images
-from common.data.decode import Fit, centre_crop, decode_all, resize_short
-from common.data.fingerprint import fingerprint
-from common.data.layout import EXTENSIONS, Report, files_below, found, need_folder, short_name
-from common.data.spec import OPTIONS
-from common.data.types import ImageSet
-from common.errors import UserError
-from common.files import digest, user_path
-from pretrain.recipes import RobustnessRecipe
-from pretrain.stress import noise
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import digest, user_path
+from backbench.common.data import open_classification, parse_data
+from backbench.common.data.check import check_images
+from backbench.common.data.decode import Fit, centre_crop, decode_all, resize_short
+from backbench.common.data.fingerprint import fingerprint
+from backbench.common.data.layout import EXTENSIONS, Report, files_below, found, need_folder, short_name
+from backbench.common.data.registry import OPTIONS
+from backbench.common.data.types import ImageSet
+from backbench.pretrain.recipes import RobustnessRecipe
+from backbench.pretrain.stress import noise
 
 NOISE = ("uniform", "gaussian")
 FITS = ("crop", "resize")

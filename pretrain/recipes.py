@@ -1,4 +1,4 @@
-"""Pretraining recipes. Source tags as in common/recipe.py.
+"""Pretraining recipes. Source tags as in common/base/recipe.py.
 
 `paper`: 300 epochs of ImageNet on 4 GPUs; ResNet-50 top-1 error 23.68 (baseline), 22.58 (Mixup), 22.93 (Cutout),
 21.40 (CutMix, published version; 21.60 in v1), ±.11–.18 over seeds. ResNet-101, ResNet-152 and ResNeXt-101 alike.
@@ -15,11 +15,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.backbone import IMAGENET_MEAN, IMAGENET_STD
-from common.data.decode import BACKENDS
-from common.errors import UserError
-from common.recipe import EVAL_PRECISIONS, Fields, knob
-from pretrain.regularizers import RegularizedRecipe
+from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import EVAL_PRECISIONS, Fields, knob
+from backbench.common.data.decode import BACKENDS
+from backbench.pretrain.regularizers import RegularizedRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from common.cell import Run
-from common.engine import SPLIT, stream
-from common.errors import UserError
-from common.metrics import rescore
-from common.metrics.classification import true_rank
+from backbench.common.base.errors import UserError
+from backbench.common.engine import SPLIT, stream
+from backbench.common.metrics import rescore
+from backbench.common.metrics.classification import true_rank
+from backbench.common.run.cell import Run
 
 SHOWN = 50  # classes, and 10 confusions, that the Markdown report lists
 

@@ -20,7 +20,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -33,26 +33,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from backbench.common.backbones.load import Backbone
+from backbench.common.base.arguments import Parser, whole
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import digest, read_json, write_json, write_npz
+from backbench.common.base.recipe import describe, label, override
+from backbench.common.classify.crops import test_images
+from backbench.common.data import open_classification
+from backbench.common.data.pictures import write_jpeg
+from backbench.common.data.types import ImageSet
+from backbench.common.engine import is_main, pick_device
+from backbench.common.run.cell import Run, open_run
+from backbench.common.run.transfer import data_or_world, reading, reading_arguments
+from backbench.pretrain import stress, stress_pictures
+from backbench.pretrain.class_order import ClassOrder, check_order, class_order_argument, match_classes
+from backbench.pretrain.evaluate import as_backbone, load
+from backbench.pretrain.outliers import NOISE, PAPER, Outliers, open_outliers
+from backbench.pretrain.recipes import ROBUSTNESS, TESTS, RobustnessRecipe
+from backbench.pretrain.robustness_report import PRIMARY, finish
 from torch import nn
-
-from common.arguments import Parser, whole
-from common.backbone import Backbone
-from common.cell import Run, open_run
-from common.crops import test_images
-from common.data import open_classification
-from common.data.pictures import write_jpeg
-from common.data.types import ImageSet
-from common.engine import is_main, pick_device
-from common.errors import UserError, run_main
-from common.files import digest, read_json, write_json, write_npz
-from common.recipe import describe, label, override
-from common.transfer import data_or_world, reading, reading_arguments
-from pretrain import stress, stress_pictures
-from pretrain.class_order import ClassOrder, check_order, class_order_argument, match_classes
-from pretrain.evaluate import as_backbone, load
-from pretrain.outliers import NOISE, PAPER, Outliers, open_outliers
-from pretrain.recipes import ROBUSTNESS, TESTS, RobustnessRecipe
-from pretrain.robustness_report import PRIMARY, finish
 
 # the first stage of a test that uses the labels
 LABELLED = {"fgsm": "predict", "occlusion": "score", "between": "score"}

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from common.cell import Run
-from common.curve_svg import curve_svg
-from common.engine import SPLIT, stream
-from common.files import write_text
-from common.metrics import ood, rescore
-from pretrain.recipes import RobustnessRecipe
-from pretrain.stress import hole_sides
+from backbench.common.base.files import write_text
+from backbench.common.engine import SPLIT, stream
+from backbench.common.metrics import ood, rescore
+from backbench.common.report.curve_svg import curve_svg
+from backbench.common.run.cell import Run
+from backbench.pretrain.recipes import RobustnessRecipe
+from backbench.pretrain.stress import hole_sides
 
 PRIMARY = {"fgsm": "top-1 attacked", "occlusion": "top-1 occluded", "between": "either class", "ood": "AUROC"}
 DRAWS, AT_ONCE = 400, 4_000_000  # bootstrap draws of the report's intervals; numbers in memory together

@@ -13,7 +13,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -25,27 +25,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from backbench.common.backbones.load import save_backbone
+from backbench.common.backbones.resnet import ARCHS
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import write_npz
+from backbench.common.base.recipe import engine_options, label, override, parser, to_json
+from backbench.common.classify.crops import TrainImages, test_images
+from backbench.common.classify.mixing import ALL_METHODS
+from backbench.common.classify.step import make_step, predict_logits
+from backbench.common.data import open_classification
+from backbench.common.data.types import ImageSet
+from backbench.common.engine import INIT, is_main, pick_device, torch_seed, train
+from backbench.common.engine.state import read_state
+from backbench.common.metrics.classification import true_rank
+from backbench.common.run.cell import Identity, Run, open_run
+from backbench.common.run.transfer import data_or_world
+from backbench.pretrain.networks import ALL_ARCHS, build
+from backbench.pretrain.recipes import RECIPES, PretrainRecipe
+from backbench.pretrain.regularizers import fold, install
+from backbench.pretrain.report import evaluate, finish
 from torch import Tensor, nn
-
-from common.backbone import save_backbone
-from common.cell import Identity, Run, open_run
-from common.classify import make_step, predict_logits
-from common.crops import TrainImages, test_images
-from common.data import open_classification
-from common.data.types import ImageSet
-from common.engine import INIT, is_main, pick_device, torch_seed, train
-from common.engine.state import read_state
-from common.errors import UserError, run_main
-from common.files import write_npz
-from common.metrics.classification import true_rank
-from common.mixing import ALL_METHODS
-from common.recipe import engine_options, label, override, parser, to_json
-from common.transfer import data_or_world
-from common.trunk import ARCHS
-from pretrain.networks import ALL_ARCHS, build
-from pretrain.recipes import RECIPES, PretrainRecipe
-from pretrain.regularizers import fold, install
-from pretrain.report import evaluate, finish
 
 
 def main(argv: list[str] | None = None) -> int:

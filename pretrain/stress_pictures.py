@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from backbench.pretrain.outliers import Outliers
+from backbench.pretrain.recipes import RobustnessRecipe
+from backbench.pretrain.stress import Classifier, central_hole, fgsm, hole_sides, to_pixels
 from torch import Tensor
-
-from pretrain.outliers import Outliers
-from pretrain.recipes import RobustnessRecipe
-from pretrain.stress import Classifier, central_hole, fgsm, hole_sides, to_pixels
 
 ACROSS = 8
 

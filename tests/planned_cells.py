@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from common.backbone import load_backbone, save_backbone
-from common.board.facts import Facts
-from common.board.plan import Grid, Job, expected_inputs, name_group, plan_tasks
-from common.board.status import look_at
-from common.files import write_json
-from common.keys import stage_keys
-from common.trunk import Classifier
+from backbench.common.backbones.load import load_backbone, save_backbone
+from backbench.common.backbones.resnet import Classifier
+from backbench.common.base.files import write_json
+from backbench.common.grid.facts import Facts
+from backbench.common.grid.plan import Grid, Job, expected_inputs, name_group, plan_tasks
+from backbench.common.grid.status import look_at
+from backbench.common.run.keys import stage_keys
 
 
 def save(path: Path, method: str | None = None, seed: int | None = None) -> str:

@@ -4,9 +4,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-
-from common.backbone import save_backbone
-from common.trunk import Classifier, Trunk
+from backbench.common.backbones.load import save_backbone
+from backbench.common.backbones.resnet import Classifier, Trunk
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -9,16 +9,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-
-from common.backbone import Backbone
-from common.board.cells import load_cells
-from common.board.table import make_board
-from common.cell import open_run
-from common.data.thumbnails import write_thumbnails
-from common.files import write_json, write_npz
-from common.metrics import captions, rescore
-from common.metrics.average_precision import Boxes, match
-from common.recipe import Recipe
+from backbench.common.backbones.load import Backbone
+from backbench.common.base.files import write_json, write_npz
+from backbench.common.base.recipe import Recipe
+from backbench.common.board.cells import load_cells
+from backbench.common.data.thumbnails import write_thumbnails
+from backbench.common.metrics import captions, rescore
+from backbench.common.metrics.average_precision import Boxes, match
+from backbench.common.report.table import make_board
+from backbench.common.run.cell import open_run
 
 N = 24
 SKILL = {"baseline": 0.6, "mixup": 0.55, "cutmix": 0.75, "scratch": 0.2}

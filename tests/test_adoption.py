@@ -6,15 +6,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.input_check import READINGS, adoption_report, bn_distances, measure
+from backbench.common.backbones.load import Backbone, body_fingerprint, load_backbone, save_backbone
+from backbench.common.backbones.resnet import Classifier, Trunk, normalise
+from backbench.common.base.errors import UserError
+from backbench.common.data import open_classification
+from backbench.common.data.decode import Fit
+from backbench.common.data.types import CaptionSet
 from torch import nn
-
-from common.adoption import READINGS, adoption_report, bn_distances, measure
-from common.backbone import Backbone, body_fingerprint, load_backbone, save_backbone
-from common.data import open_classification
-from common.data.decode import Fit
-from common.data.types import CaptionSet
-from common.errors import UserError
-from common.trunk import Classifier, Trunk, normalise
 
 CPU = torch.device("cpu")
 SIZE = 48
@@ -80,8 +79,8 @@ def test_finds_the_reading_of_the_input(truth, images):
 @pytest.mark.parametrize("truth", READINGS[1:], ids=lambda r: r.name)
 def test_the_advice_it_gives_is_the_one_it_then_accepts(truth, images, tmp_path):
     """Save the weights, load them with the arguments that the warning names, and the report is content."""
-    from common.transfer import reading, transfer_parser
-    from wsol.recipes import RECIPES
+    from backbench.common.run.transfer import reading, transfer_parser
+    from backbench.wsol.recipes import RECIPES
 
     save_backbone(tmp_path / "x.pt", Classifier(calibrated("resnet18_half", truth), 3), arch="resnet18_half")
     arguments = ["--backbone", str(tmp_path / "x.pt"), *truth.flags.split()]
@@ -213,8 +212,8 @@ def test_kept_for_the_same_weights_data_and_size(class_folders, monkeypatch):
 
 
 def test_goes_into_the_run(class_folders, tmp_path):
-    from common.transfer import open_transfer, transfer_parser
-    from wsol.recipes import RECIPES
+    from backbench.common.run.transfer import open_transfer, transfer_parser
+    from backbench.wsol.recipes import RECIPES
 
     trunk = calibrated("resnet18_half")
     train_set, test_set = open_classification(f"folder:{class_folders}", None, False)
@@ -258,8 +257,8 @@ def test_goes_into_the_run(class_folders, tmp_path):
     "option, value", [("--input-mean", "1,2"), ("--input-std", "0,1,1"), ("--input-mean", "a,b,c")]
 )
 def test_refuses_what_is_no_normalisation(option, value):
-    from common.transfer import reading, transfer_parser
-    from wsol.recipes import RECIPES
+    from backbench.common.run.transfer import reading, transfer_parser
+    from backbench.wsol.recipes import RECIPES
 
     args = transfer_parser("", RECIPES, "").parse_args(["--backbone", "x", option, value])
     with pytest.raises(UserError, match=f"{option} {value}: three numbers"):

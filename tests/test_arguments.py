@@ -3,8 +3,7 @@
 import importlib
 
 import pytest
-
-from common.cli import arguments as backbench
+from backbench.common.cli.main import arguments as backbench
 
 COMMANDS = {
     "pretrain.run": (),

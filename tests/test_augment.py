@@ -4,9 +4,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from backbench.detection import augment
 from torchvision.ops import box_iou
-
-from detection import augment
 
 
 def square_image(box, width=400, height=300):

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from common.metrics.average_precision import (
+from backbench.common.metrics.average_precision import (
     IGNORED,
     PRESETS,
     RIGHT,

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from backbench.common.backbones.load import (
+    IMAGENET_MEAN,
+    body_fingerprint,
+    load_backbone,
+    load_classifier,
+    save_backbone,
+)
+from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk, normalise
+from backbench.common.base.errors import UserError
 from torch import nn
-
-from common.backbone import IMAGENET_MEAN, body_fingerprint, load_backbone, load_classifier, save_backbone
-from common.errors import UserError
-from common.trunk import ARCHS, Classifier, Trunk, normalise
 
 COUNTS = {
     "resnet50": 25_557_032,
@@ -486,8 +491,8 @@ def test_timm_by_name_from_its_cache(tmp_path):
     torch.save(original.trunk.state_dict(), tmp_path / "body.pt")
     code = """
 import sys, torch
-from common.backbone import load_backbone, load_classifier
-from common.errors import UserError
+from backbench.common.backbones.load import load_backbone, load_classifier
+from backbench.common.base.errors import UserError
 model, facts = load_classifier("timm:resnet18.a1_in1k")
 body = torch.load(sys.argv[1])
 assert all(torch.equal(v, body[k]) for k, v in model.trunk.state_dict().items())

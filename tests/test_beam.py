@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-
-from captioning.beam import Beam, beam_search
-from captioning.nic import NIC
-from captioning.vocabulary import END, PAD, START, UNK, Vocabulary
+from backbench.captioning.beam import Beam, beam_search
+from backbench.captioning.nic import NIC
+from backbench.captioning.vocabulary import END, PAD, START, UNK, Vocabulary
 
 
 def make_nic(words: int = 30, seed: int = 0, sharp: float = 12.0, end: float = 0.0) -> NIC:
@@ -135,7 +134,7 @@ def test_five_captions_of_an_image_cost_one_encoding_and_the_loss_of_five_items(
 
 
 def test_reading_captions_by_length_changes_neither_loss_nor_gradients_nor_dropout():
-    from captioning.data import GROUP, _groups
+    from backbench.captioning.data import GROUP, _groups
 
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 13, (30, 5))

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backbench.captioning.evaluate import main as evaluate
+from backbench.common.base.errors import UserError
+from backbench.common.metrics import captions as metrics
 from test_caption_metrics import some_captions
-
-from captioning.evaluate import main as evaluate
-from common.errors import UserError
-from common.metrics import captions as metrics
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_evaluate_checks_where_it_writes_before_it_scores(files, monkeypatch):
     fixed = ["--annotations", str(folder / "annotations.json"), "--results", str(folder / "results.json")]
     assert evaluate([*fixed, "--json", str(folder / "new" / "scores.json")]) == 0
     assert (folder / "new" / "scores.json").is_file()
-    monkeypatch.setattr("captioning.evaluate.Scorer", None)
+    monkeypatch.setattr("backbench.captioning.evaluate.Scorer", None)
     with pytest.raises(UserError, match=r"results\.json"):
         evaluate([*fixed, "--per-image", str(folder / "results.json" / "single.json")])
     with pytest.raises(UserError, match="give --report DIR too"):

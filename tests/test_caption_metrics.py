@@ -4,8 +4,7 @@ import random
 
 import numpy as np
 import pytest
-
-from common.metrics import captions as metrics
+from backbench.common.metrics import captions as metrics
 
 WORDS = [
     "a",

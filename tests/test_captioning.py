@@ -9,19 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbench.captioning.vocabulary import END, START, UNK, build_vocabulary, load_vocabulary, words_of
+from backbench.common.backbones.load import save_backbone
+from backbench.common.backbones.resnet import Classifier, Trunk
+from backbench.common.base.errors import UserError
 from PIL import Image
-
-from captioning.vocabulary import (
-    END,
-    START,
-    UNK,
-    build_vocabulary,
-    load_vocabulary,
-    words_of,
-)
-from common.backbone import save_backbone
-from common.errors import UserError
-from common.trunk import Classifier, Trunk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,8 +100,8 @@ LEARN = ("--set", "iterations=60", "--set", "lr=0.03", "--set", "shortest=0", "-
 
 KILLED = """
 import os, signal
-from captioning.finetune import main
-from common.engine import loop
+from backbench.captioning.finetune import main
+from backbench.common.engine import loop
 
 save = loop._Training.save
 
@@ -124,7 +116,7 @@ main()
 
 
 def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet, capsys):
-    from captioning.finetune import main
+    from backbench.captioning.finetune import main
 
     backbone = ("--backbone", str(coco / "baseline.pt"))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -161,9 +153,8 @@ def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet,
 
 def check_predict(coco: Path, folder: Path, predictions: list, tmp_path: Path, capsys) -> None:
     """predict.py says of the test images what the run said of them, from the run folder alone."""
+    from backbench.captioning.predict import main
     from PIL import Image
-
-    from captioning.predict import main
 
     pictures = sorted((coco / "images").glob("val*.png"))
     fixed = ["--run", str(folder), *map(str, pictures), "--device", "cpu"]
@@ -193,7 +184,7 @@ def check_predict(coco: Path, folder: Path, predictions: list, tmp_path: Path, c
 @pytest.fixture
 def run_here(coco, tmp_path, quiet, capsys):
     """Run finetune in this process → its cell."""
-    from captioning.finetune import main
+    from backbench.captioning.finetune import main
 
     def run(*more: str) -> dict:
         out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
@@ -211,7 +202,7 @@ def test_a_scratch_encoder_is_trained_and_the_cell_says_so(run_here):
 
 
 def test_a_second_phase_trains_the_encoder_too(run_here, coco, tmp_path):
-    from common.backbone import load_backbone
+    from backbench.common.backbones.load import load_backbone
 
     backbone = str(coco / "baseline.pt")
     cell = run_here("--backbone", backbone, "--set", "encoder_epochs=1", "--set", "lr=0.01")
@@ -220,7 +211,7 @@ def test_a_second_phase_trains_the_encoder_too(run_here, coco, tmp_path):
     before = load_backbone(backbone).trunk.state_dict()
     assert not torch.equal(state["trunk.layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
     assert torch.equal(state["trunk.layer4.0.bn1.running_mean"], before["layer4.0.bn1.running_mean"])
-    from captioning.captioner import load_captioner
+    from backbench.captioning.captioner import load_captioner
 
     captioner = load_captioner(
         next(tmp_path.rglob("model.json")).parent
@@ -230,7 +221,7 @@ def test_a_second_phase_trains_the_encoder_too(run_here, coco, tmp_path):
 
 
 def test_captions_of_broken_weights_are_refused(run_here, coco, tmp_path):
-    from captioning.captioner import decode, load_captioner
+    from backbench.captioning.captioner import decode, load_captioner
 
     run_here("--backbone", str(coco / "baseline.pt"))
     captioner = load_captioner(next(tmp_path.rglob("model.json")).parent)
@@ -249,12 +240,12 @@ def test_one_caption_an_item_as_the_paper(run_here, coco):
 
 
 def test_cached_features_equal_the_encoder_run_on_the_same_crops(coco, quiet):
-    from captioning.data import BLOCK, pooled_features
-    from captioning.recipes import RECIPES
-    from common.backbone import load_backbone
-    from common.data.decode import Fit, read_rgb
-    from common.recipe import override
-    from common.trunk import normalise
+    from backbench.captioning.data import BLOCK, pooled_features
+    from backbench.captioning.recipes import RECIPES
+    from backbench.common.backbones.load import load_backbone
+    from backbench.common.backbones.resnet import normalise
+    from backbench.common.base.recipe import override
+    from backbench.common.data.decode import Fit, read_rgb
 
     recipe = override(RECIPES["smoke"], ["resize=40", "size=32", "precision=fp32"])
     backbone = load_backbone(str(coco / "baseline.pt"))
@@ -276,14 +267,14 @@ def test_cached_features_equal_the_encoder_run_on_the_same_crops(coco, quiet):
 def test_training_on_cached_features_equals_training_through_the_encoder_on_the_same_crops(
     coco, tmp_path, quiet
 ):
-    from captioning.data import CaptionItems, _views, pooled_features
-    from captioning.finetune import make_model, step
-    from captioning.recipes import RECIPES
-    from common.backbone import load_backbone
-    from common.data import open_captions
-    from common.data.decode import Fit, read_rgb
-    from common.engine import train
-    from common.recipe import override
+    from backbench.captioning.data import CaptionItems, _views, pooled_features
+    from backbench.captioning.finetune import make_model, step
+    from backbench.captioning.recipes import RECIPES
+    from backbench.common.backbones.load import load_backbone
+    from backbench.common.base.recipe import override
+    from backbench.common.data import open_captions
+    from backbench.common.data.decode import Fit, read_rgb
+    from backbench.common.engine import train
 
     settings = ["resize=40", "size=32", "precision=fp32", "iterations=8", "dropout=0.2", "threshold=1"]
     recipe = override(RECIPES["smoke"], settings)
@@ -320,7 +311,7 @@ def test_training_on_cached_features_equals_training_through_the_encoder_on_the_
 
 
 def test_words_by_the_evaluation_s_tokenizer(monkeypatch):
-    from captioning.vocabulary import words_of_all
+    from backbench.captioning.vocabulary import words_of_all
 
     captions = [["A man's T-shirt, isn't it?", "two (2) dogs"], ["..."]]
     found = words_of_all(captions, "ptb", False)
@@ -348,8 +339,8 @@ def test_words_by_the_evaluation_s_tokenizer(monkeypatch):
     ],
 )
 def test_recipes_that_cannot_work_are_refused(settings, message):
-    from captioning.recipes import RECIPES
-    from common.recipe import override
+    from backbench.captioning.recipes import RECIPES
+    from backbench.common.base.recipe import override
 
     with pytest.raises(UserError, match=message):
         override(RECIPES["paper"], settings)

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from common.errors import UserError
+from backbench.common.base.errors import UserError
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def karpathy(tmp_path):
 
 
 def test_karpathy_splits(karpathy):
-    from common.data import open_captions
+    from backbench.common.data import open_captions
 
     folder, images, write = karpathy
     train, test = open_captions(write())
@@ -55,7 +54,7 @@ def test_karpathy_splits(karpathy):
 
 
 def test_bad_karpathy_splits(karpathy):
-    from common.data import open_captions
+    from backbench.common.data import open_captions
 
     folder, images, write = karpathy
     for options, message in (
@@ -79,7 +78,7 @@ def test_bad_karpathy_splits(karpathy):
 
 def test_half_a_surrogate_pair(karpathy, tmp_path):
     """Half an emoji (`\\ud83d` in JSON) fits into no file: U+FFFD stands for it, from the first reading on."""
-    from common.data import open_captions
+    from backbench.common.data import open_captions
 
     folder, images, write = karpathy
     images[0]["sentences"][0]["raw"] = "A cat \ud83d sits \U0001f600."
@@ -105,7 +104,7 @@ def test_half_a_surrogate_pair(karpathy, tmp_path):
 
 
 def test_image_ids_of_any_size(karpathy):
-    from common.data import open_captions
+    from backbench.common.data import open_captions
 
     _, images, write = karpathy
     for image, key in zip(images, (2**53, 2**53 + 1, 2**63, 2**70, 2**70 + 1, 15.0)):
@@ -119,9 +118,8 @@ def test_image_ids_of_any_size(karpathy):
 
 
 def test_coco_of_two_years(tmp_path):
+    from backbench.common.data import open_captions
     from PIL import Image
-
-    from common.data import open_captions
 
     (tmp_path / "annotations").mkdir()
     for year, key in (("2014", 1), ("2017", 2)):

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-
-from common.backbone import load_backbone
-from common.cell import Identity, code_hash, open_run
-from common.errors import UserError
-from common.files import file_digest, write_atomic, write_json, write_npz
-from common.recipe import Recipe, knob
+from backbench.common.backbones.load import load_backbone
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import file_digest, write_atomic, write_json, write_npz
+from backbench.common.base.recipe import Recipe, knob
+from backbench.common.run.cell import Identity, code_hash, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def test_another_training_in_the_folder_is_refused_and_named(tmp_path):
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.cell.PATIENCE", 0)
+    monkeypatch.setattr("backbench.common.run.cell.PATIENCE", 0)
     run = opened(tmp_path)
     complete(run)
     (run.folder / ".weights.pt.123.tmp").touch()
@@ -154,7 +153,7 @@ def test_identity_path_shows_the_limit():
 
 
 def test_code_hash_ignores_prose(tmp_path, monkeypatch):
-    from common import keys
+    from backbench.common.run import keys
 
     for name, text in {
         "one": '"""Doc."""\nx = 1  # why\n',

@@ -14,10 +14,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.checkpoint import read_checkpoint, tensors_of
+from backbench.common.base.errors import UserError
 from torch import nn
-
-from common.checkpoint import read_checkpoint, tensors_of
-from common.errors import UserError
 
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 

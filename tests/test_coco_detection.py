@@ -6,17 +6,16 @@ import json
 
 import numpy as np
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.data import open_detection
+from backbench.common.data.layout import Report, json_id
+from backbench.common.data.objects import frames
+from backbench.common.data.readers.coco import read_instances
+from backbench.common.metrics import coco
+from backbench.common.metrics.average_precision import Boxes
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-from common.data import open_detection
-from common.data.coco import read_instances
-from common.data.layout import Report, json_id
-from common.data.objects import frames
-from common.errors import UserError
-from common.metrics import coco
-from common.metrics.average_precision import Boxes
 
 
 def oracle(found, truth, images, classes, repeats=None):

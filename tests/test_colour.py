@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from backbench.common.data.colour import EIGENVALUES, EIGENVECTORS, colour_jitter, lighting
 from torchvision.transforms import functional as F
-
-from common.data.colour import EIGENVALUES, EIGENVECTORS, colour_jitter, lighting
 
 
 class Fixed:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MAIN = """
 import sys, warnings
 from pathlib import Path
-from common.errors import UserError, run_main
-from common.progress import progress
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.progress import progress
 
 def main():
     print("score 3 ± 1 → runs/é… \\udcff")
@@ -87,7 +87,7 @@ def test_output_that_cannot_be_written_loses_no_work(tmp_path, redirected, code,
 
 def test_a_file_of_a_run_is_never_its_closed_output(tmp_path):
     code = (
-        "import os; from common.errors import run_main\n"
+        "import os; from backbench.common.base.errors import run_main\n"
         f"def main():\n    with open({str(tmp_path / 'a')!r}, 'w') as f:\n"
         "        os.system('echo child'); f.write('kept')\n"
         "run_main(main)"

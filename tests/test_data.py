@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backbench.common.data import (
+    open_captions,
+    open_classification,
+    open_detection,
+    open_localisation,
+    parse_data,
+)
+from backbench.common.data.check import check_images
+from backbench.common.data.fingerprint import content_digest
 from conftest import fails, picture
 from test_voc import one_folder
-
-from common.data import open_captions, open_classification, open_detection, open_localisation, parse_data
-from common.data.check import check_images
-from common.data.fingerprint import content_digest
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +191,7 @@ def test_check_is_remembered_and_sees_changes(tmp_path, monkeypatch):
     paths = [picture(tmp_path / f"{i}.jpg", seed=i) for i in range(3)]
     assert check_images(paths) == []
     with monkeypatch.context() as patch:
-        patch.setattr("common.data.check._fault", lambda path: pytest.fail("read again"))
+        patch.setattr("backbench.common.data.check._fault", lambda path: pytest.fail("read again"))
         assert check_images(paths) == []
     paths[2].write_bytes(b"oops")
     fails(lambda: check_images(paths), str(paths[2]), "1 of 3")
@@ -542,7 +547,7 @@ def test_cub_wrong_layout(cub):
 
 
 def test_scenes_resolve_to_the_readers(imagefolder, cub, tmp_path, monkeypatch, caption_files):
-    import common.scenes
+    import backbench.common.data.scenes
 
     asked = []
 
@@ -551,7 +556,9 @@ def test_scenes_resolve_to_the_readers(imagefolder, cub, tmp_path, monkeypatch, 
 
     World.cub = cub
     World.vocdevkit = one_folder(tmp_path)
-    monkeypatch.setattr(common.scenes, "ensure_world", lambda **kw: asked.append(kw) or World, raising=False)
+    monkeypatch.setattr(
+        backbench.common.data.scenes, "ensure_world", lambda **kw: asked.append(kw) or World, raising=False
+    )
     assert open_classification("scenes")[0].name == "scenes-tiny"
     assert open_localisation("scenes:size=smoke,seed=3")[1].name == "scenes-smoke-seed3"
     assert open_detection("scenes:name=x")[0].name == "x"
@@ -563,7 +570,7 @@ def test_readers_import_no_torch():
     import subprocess
     import sys
 
-    code = "import common.data, sys; sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
+    code = "import backbench.common.data, sys; sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

@@ -5,15 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from backbench.common.data import open_classification, open_localisation
+from backbench.common.data.pictures import find_pictures
+from backbench.common.grid.facts import _tree
+from backbench.detection.results import image_index, read_voc_results
+from backbench.pretrain.outliers import open_outliers
+from backbench.wsol.evaluate import mask_files
 from conftest import fails, picture
 from test_wsol_data import WNIDS, ilsvrc, tiny_imagenet, write_xml
-
-from common.board.facts import _tree
-from common.data import open_classification, open_localisation
-from common.data.pictures import find_pictures
-from detection.results import image_index, read_voc_results
-from pretrain.outliers import open_outliers
-from wsol.evaluate import mask_files
 
 FOLDERS = (".ipynb_checkpoints", ".thumbs", "@eaDir", "__MACOSX", "$RECYCLE.BIN")
 FILES = ("._a.jpg", ".hidden.jpg", "Thumbs.db", ".DS_Store", "desktop.ini")
@@ -152,7 +151,7 @@ def test_names_that_are_no_text(tmp_path, kind, capsys):
 
 
 def test_a_report_counts_its_problems():
-    from common.data.layout import Report
+    from backbench.common.data.layout import Report
 
     report = Report()
     report.note("a", "x")

@@ -10,12 +10,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from backbench.common.data.check import check_images
+from backbench.common.data.decode import (
+    Fit,
+    centre_crop,
+    decode_all,
+    read_headers,
+    read_rgb,
+    resize,
+    resize_short,
+)
+from backbench.common.data.thumbnails import read_thumbnails, write_thumbnails
 from conftest import fails, picture
 from PIL import Image
-
-from common.data.check import check_images
-from common.data.decode import Fit, centre_crop, decode_all, read_headers, read_rgb, resize, resize_short
-from common.data.thumbnails import read_thumbnails, write_thumbnails
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +119,7 @@ def test_decode_all(tmp_path, monkeypatch):
     for i, path in enumerate(paths):
         np.testing.assert_array_equal(array[i], resize(read_rgb(path), (16, 12)))
     with monkeypatch.context() as patch:
-        patch.setattr("common.data.decode.read_rgb", lambda path: pytest.fail("decoded again"))
+        patch.setattr("backbench.common.data.decode.read_rgb", lambda path: pytest.fail("decoded again"))
         np.testing.assert_array_equal(decode_all(paths, fit), array)
     crop = Fit(16, 16, short=20, backend="cv2_area")
     assert (fit.name, crop.name) == ("squash-16x12-pil", "short20-centre-16x16-cv2_area")

@@ -15,7 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "common.cli", "demo", "--recipe", "smoke", "--out", str(out), *more]
+    return [
+        sys.executable,
+        "-m",
+        "backbench.common.cli.main",
+        "demo",
+        "--recipe",
+        "smoke",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +105,7 @@ def test_killed_in_the_middle_and_run_again_ends_in_the_same_numbers(demo, tmp_p
 
 
 def test_rescoring_a_cell_from_its_images_gives_its_metrics(demo):
-    from common.metrics import rescore
+    from backbench.common.metrics import rescore
 
     out, _ = demo
     for path, cell in cells(out).items():
@@ -107,7 +117,7 @@ def test_rescoring_a_cell_from_its_images_gives_its_metrics(demo):
 
 
 def test_run_dry_and_bad_arguments(tmp_path):
-    base = [sys.executable, "-m", "common.cli"]
+    base = [sys.executable, "-m", "backbench.common.cli.main"]
     dry = subprocess.run(
         [*base, "run", "--backbones", "scratch:resnet18_half", "--dry-run", "--seeds", "2"],
         cwd=ROOT,

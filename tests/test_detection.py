@@ -7,20 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.load import Backbone
+from backbench.common.backbones.resnet import Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import override
+from backbench.common.data import open_detection
+from backbench.common.engine.loader import MicroBatches, Positions, make_loader
+from backbench.common.run import keys
+from backbench.detection import finetune
+from backbench.detection.build import load_detector
+from backbench.detection.data import TrainViews, class_notes
+from backbench.detection.recipes import RECIPES
 from shapes import MEAN, finetune_args
 from torch import nn
-
-from common import keys
-from common.backbone import Backbone
-from common.data import open_detection
-from common.engine.loader import MicroBatches, Positions, make_loader
-from common.errors import UserError
-from common.recipe import override
-from common.trunk import Trunk
-from detection import finetune
-from detection.build import load_detector
-from detection.data import TrainViews, class_notes
-from detection.recipes import RECIPES
 
 pytest_plugins = ["shapes"]  # its fixtures
 SMOKE_SSD, SMOKE_FRCNN = RECIPES["ssd300"]["smoke"], RECIPES["faster_rcnn"]["smoke"]
@@ -180,7 +179,7 @@ class TestFinetune:
         weights = (cell.parent / "weights.pt").stat().st_mtime_ns
         (cell.parent / "model.json").unlink()
         (cell.parent / "predictions.json").write_text("[]")
-        monkeypatch.setattr("detection.data.read_rgb", None)
+        monkeypatch.setattr("backbench.detection.data.read_rgb", None)
         assert finetune.main([*arguments, "--eval-only"]) == 0
         assert (cell.parent / "weights.pt").stat().st_mtime_ns == weights
         assert before == {name: (cell.parent / name).read_bytes() for name in before}

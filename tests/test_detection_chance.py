@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-from common.data.types import DetectionSet
-from common.engine import SPLIT, stream
-from common.metrics.average_precision import Boxes
-from detection.chance import DRAWS, chance, other_images
-from detection.scores import cell_statistics, scores
+from backbench.common.data.types import DetectionSet
+from backbench.common.engine import SPLIT, stream
+from backbench.common.metrics.average_precision import Boxes
+from backbench.detection.chance import DRAWS, chance, other_images
+from backbench.detection.scores import cell_statistics, scores
 
 
 def detector(rng, classes, images=30, copies=1.0):

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-
-from common.backbone import Backbone
-from common.errors import UserError
-from common.trunk import Trunk, normalise
-from detection import export
-from detection.build import load_detector, make_model, write_facts
-from detection.matching import decode
-from detection.recipes import RECIPES
+from backbench.common.backbones.load import Backbone
+from backbench.common.backbones.resnet import Trunk, normalise
+from backbench.common.base.errors import UserError
+from backbench.detection import export
+from backbench.detection.build import load_detector, make_model, write_facts
+from backbench.detection.matching import decode
+from backbench.detection.recipes import RECIPES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.load import Backbone
+from backbench.common.backbones.resnet import Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.data import open_detection
+from backbench.detection import finetune
+from backbench.detection import predict as predict_script
+from backbench.detection.build import load_detector, make_model, write_facts
+from backbench.detection.detect import predict
+from backbench.detection.faster_rcnn import FasterRCNN
+from backbench.detection.recipes import RECIPES
 from PIL import Image
 from shapes import MEAN, STD, finetune_args
-
-from common.backbone import Backbone
-from common.data import open_detection
-from common.errors import UserError
-from common.trunk import Trunk
-from detection import finetune
-from detection import predict as predict_script
-from detection.build import load_detector, make_model, write_facts
-from detection.detect import predict
-from detection.faster_rcnn import FasterRCNN
-from detection.recipes import RECIPES
 
 pytest_plugins = ["shapes"]  # its fixtures
 

@@ -11,21 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.types import DetectionSet
+from backbench.common.metrics import rescore
+from backbench.common.metrics.average_precision import IGNORED, PRESETS, RIGHT, Boxes, class_ap, match
+from backbench.common.run.cell import Identity, open_run
+from backbench.detection import curves as curve
+from backbench.detection import evaluate, report, scores
+from backbench.detection.mistakes import KINDS, count_mistakes, draw_mistakes, find_mistakes, surest
+from backbench.detection.recipes import RECIPES
+from backbench.detection.results import read_results, write_results
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-from common.cell import Identity, open_run
-from common.data.decode import read_rgb
-from common.data.types import DetectionSet
-from common.errors import UserError
-from common.metrics import rescore
-from common.metrics.average_precision import IGNORED, PRESETS, RIGHT, Boxes, class_ap, match
-from detection import curves as curve
-from detection import evaluate, report, scores
-from detection.mistakes import KINDS, count_mistakes, draw_mistakes, find_mistakes, surest
-from detection.recipes import RECIPES
-from detection.results import read_results, write_results
 
 CATEGORIES = [3, 7, 90]
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,12 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-
-from common.data import open_detection
-from common.errors import UserError
-from common.metrics.average_precision import Boxes
-from detection import evaluate
-from detection.results import image_index, read_results, read_voc_results, write_results
+from backbench.common.base.errors import UserError
+from backbench.common.data import open_detection
+from backbench.common.metrics.average_precision import Boxes
+from backbench.detection import evaluate
+from backbench.detection.results import image_index, read_results, read_voc_results, write_results
 
 pytest_plugins = ["shapes"]  # its fixtures
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torchvision
+from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD, load_backbone, load_classifier
+from backbench.common.backbones.resnet import Trunk
+from backbench.common.base.errors import UserError
 from torch import nn
-
-from common.backbone import IMAGENET_MEAN, IMAGENET_STD, load_backbone, load_classifier
-from common.errors import UserError
-from common.trunk import Trunk
 
 CAFFE_STD = (1 / 255,) * 3
 

@@ -11,17 +11,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.base.progress import progress
+from backbench.common.base.recipe import Recipe, override, parser
+from backbench.common.classify.step import ClassifyRecipe, make_step
+from backbench.common.engine import loop, pick_device, read_log, resolve_precision, train
+from backbench.common.engine.loader import MicroBatches, Positions, make_loader
+from backbench.common.engine.optim import make_optimizer, make_schedulers, wrap
+from backbench.common.engine.state import Log
+from backbench.common.engine.streams import SAMPLE, STEP, Order, StepStreams, Streams, stream, torch_seed
 from torch import nn
-
-from common.classify import ClassifyRecipe, make_step
-from common.engine import loop, pick_device, read_log, resolve_precision, train
-from common.engine.loader import MicroBatches, Positions, make_loader
-from common.engine.optim import make_optimizer, make_schedulers, wrap
-from common.engine.state import Log
-from common.engine.streams import SAMPLE, STEP, Order, StepStreams, Streams, stream, torch_seed
-from common.errors import UserError
-from common.progress import progress
-from common.recipe import Recipe, override, parser
 
 
 class Points:
@@ -298,12 +297,12 @@ def test_a_seed_is_a_whole_number_from_0_on(text, capsys):
 
 
 def test_uneven_processes_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.engine.loop.world", lambda: 3)
+    monkeypatch.setattr("backbench.common.engine.loop.world", lambda: 3)
     with pytest.raises(
         UserError, match=r"3 processes cannot share 2 micro-batches .* --set batch=… that 3 div"
     ):
         run(tmp_path / "a")
-    monkeypatch.setattr("common.engine.loop.world", lambda: 4)
+    monkeypatch.setattr("backbench.common.engine.loop.world", lambda: 4)
     with pytest.raises(UserError, match=r"4 processes cannot share 2 micro-batches .* --set micro_batch=2 "):
         run(tmp_path / "a")
 

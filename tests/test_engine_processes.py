@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.engine import read_log, train
 from conftest import PATIENCE, wait_until
 from test_engine import RECIPE as ADAM
 from test_engine import Points, Stop, dying, evaluate, network, step
 from test_engine import run as run_any
-
-from common.engine import read_log, train
-from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Adam would blow up the rounding that is all the gradient of a bias ahead of batch norm
@@ -26,8 +25,8 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from test_engine import EVALUATED, Points, network, step
 from test_engine_processes import RECIPE
-from common import cell
-from common.engine import pick_device, rank, train
+from backbench.common.run import cell
+from backbench.common.engine import pick_device, rank, train
 from dataclasses import replace
 from torch import nn
 

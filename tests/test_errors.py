@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import pytest
-
-from common.data.pictures import find_pictures
-from common.errors import UserError, run_main
-from common.files import read_json, write_json
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import read_json, write_json
+from backbench.common.data.pictures import find_pictures
 
 
 @pytest.mark.parametrize("place", ["file/scores.json", "absent/scores.json"])
@@ -31,7 +30,7 @@ def test_a_file_that_may_not_be_read_is_one_line_and_a_bug_keeps_its_traceback(t
 
 
 def test_a_reader_that_leaves_ends_the_script_in_silence():
-    code = "from common.errors import run_main; run_main(lambda: print('line\\n' * 100_000))"
+    code = "from backbench.common.base.errors import run_main; run_main(lambda: print('line\\n' * 100_000))"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as run:

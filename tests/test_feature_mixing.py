@@ -3,17 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.resnet import Classifier, Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.classify.feature_mixing import StageMixer, plain_network
+from backbench.common.classify.mixing import (
+    MIX_LAYERS,
+    STAGES,
+    MixingRecipe,
+    Pairing,
+    box_mask,
+    cutmix_box,
+    mix,
+)
+from backbench.common.classify.step import ClassifyRecipe, make_step
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from common.classify import ClassifyRecipe, make_step
-from common.errors import UserError
-from common.feature_mixing import StageMixer, plain_network
-from common.mixing import MIX_LAYERS, STAGES, MixingRecipe, Pairing, box_mask, cutmix_box, mix
-from common.trunk import Classifier, Trunk
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
 

@@ -9,12 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.cli import main as cli
+from backbench.common.data import fetch as module
+from backbench.common.data.fetch import BY_HAND, Source, download, fetch, sources, unpack
 from test_cifar import write_cifar
-
-from common import cli
-from common.data import fetch as module
-from common.data.fetch import BY_HAND, Source, download, fetch, sources, unpack
-from common.errors import UserError
 
 
 class Server(http.server.ThreadingHTTPServer):

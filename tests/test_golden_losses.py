@@ -3,8 +3,7 @@
 import importlib
 
 import pytest
-
-from common.engine import read_log
+from backbench.common.engine import read_log
 
 STEPS = (
     "--set",

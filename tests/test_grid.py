@@ -9,15 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from backbench.common.grid.local import places, run_jobs, visible_gpus
+from backbench.common.grid.plan import Job
+from backbench.common.grid.plan_file import jobs_to_json
+from backbench.common.grid.records import may_retry, read_record
+from backbench.common.run.keys import ROOT
 from conftest import PATIENCE, wait_until
-
-from common.board.grid import places, run_jobs, visible_gpus
-from common.board.plan import (
-    Job,
-)
-from common.board.plan_file import jobs_to_json
-from common.board.records import may_retry, read_record
-from common.keys import ROOT
 
 FAKE = """
 import json, os, signal, sys, time
@@ -209,7 +206,7 @@ def test_a_grid_that_dies_leaves_no_cell_behind_and_goes_on(fake, tmp_path, numb
     script = (
         "import json, signal, sys; from pathlib import Path\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "from common.board.grid import run_jobs; from common.board.plan_file import jobs_of_json\n"
+        "from backbench.common.grid.local import run_jobs; from backbench.common.grid.plan_file import jobs_of_json\n"
         f"run_jobs(jobs_of_json(json.loads({json.dumps(json.dumps(jobs_to_json([job])))})), Path({str(tmp_path)!r}))"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}

@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import file_digest
+from backbench.common.board.cells import load_cells
+from backbench.common.grid import rerun
+from backbench.common.run.keys import ROOT
 from conftest import PATIENCE
-
-from common.board import rerun
-from common.board.cells import load_cells
-from common.errors import UserError
-from common.files import file_digest
-from common.keys import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def real(tmp_path_factory):
 
 
 def backbench(*words, **more):
-    command = [sys.executable, "-m", "common.cli", *map(str, words)]
+    command = [sys.executable, "-m", "backbench.common.cli.main", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, **more)
 
 
@@ -149,7 +148,7 @@ def test_a_new_cell_follows_the_schema_file(real):
 
 def test_frozen_cells_stay_readable():
     """Cells of every schema version that was ever written, as they were written; never change these files."""
-    from common.metrics import rescore
+    from backbench.common.metrics import rescore
 
     assert len(EXAMPLES) >= 4
     for path in EXAMPLES:

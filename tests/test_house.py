@@ -2,12 +2,16 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("pretrain", "detection", "captioning", "wsol")
+FLOORS = (  # of common/, lowest first
+    *("base", "metrics", "data", "engine", "backbones", "run", "classify", "board", "report", "grid", "cli"),
+)
 FILES = [path for room in (*TASKS, "common") for path in sorted((ROOT / room).rglob("*.py"))]
 
 
@@ -16,11 +20,41 @@ def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.removeprefix("backbench.").split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module.split(".")[0])
+            names.add(node.module.removeprefix("backbench.").split(".")[0])
     return names
+
+
+def modules(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, anywhere in it; of names imported from one, the module."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_project_is_imported_as_backbench(path):
+    """A folder `common` or `detection` of somebody else's may stand on the path."""
+    assert not {name.split(".")[0] for name in modules(path)} & {*TASKS, "common"}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_no_floor_imports_a_higher_one(floor):
+    higher = FLOORS[FLOORS.index(floor) + 1 :]
+    for path in (ROOT / "common" / floor).rglob("*.py"):
+        names = {name.split(".")[2] for name in modules(path) if name.startswith("backbench.common.")}
+        assert not names & set(higher), path
+
+
+def test_every_folder_is_packed():
+    """The wheel's list of packages names every folder with Python files."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES}
+    assert sorted(packages) == sorted("backbench." + folder.replace("/", ".") for folder in folders)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from common.engine import read_log
+from backbench.common.engine import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the system ends children with their parent")
@@ -22,13 +21,13 @@ PROCESS = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-import common
+import backbench.common
 import torch
-from common.cell import PATIENCE
-from common.engine import is_main, pick_device, train
-from common.errors import run_main
-from common.locks import lock
-from common.recipe import Recipe
+from backbench.common.run.cell import PATIENCE
+from backbench.common.engine import is_main, pick_device, train
+from backbench.common.base.errors import run_main
+from backbench.common.base.locks import lock
+from backbench.common.base.recipe import Recipe
 
 class Points:
     def __len__(self):

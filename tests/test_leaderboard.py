@@ -11,21 +11,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_json
+from backbench.common.base.recipe import Recipe
+from backbench.common.board.cells import load_cells, rescore_cells
+from backbench.common.board.columns import deviations
+from backbench.common.board.paper import COLUMNS, reference
+from backbench.common.board.statistics import draw_weights
+from backbench.common.board.strata import IMAGES, METHOD
+from backbench.common.cli.main import _main
+from backbench.common.metrics import captions, rescore
+from backbench.common.report.table import board_csv, board_json, board_markdown, board_text, make_board
+from backbench.common.report.writing import board_latex, methods, methods_latex, methods_markdown
 from conftest import PATIENCE
 from synthetic_cells import MODELS, SKILL, N, backbone, row_named, write_cell
-
-from common.board.cells import load_cells, rescore_cells
-from common.board.columns import deviations
-from common.board.paper import COLUMNS, reference
-from common.board.statistics import draw_weights
-from common.board.strata import IMAGES, METHOD
-from common.board.table import board_csv, board_json, board_markdown, board_text, make_board
-from common.board.writing import board_latex, methods, methods_latex, methods_markdown
-from common.cli import _main
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.metrics import captions, rescore
-from common.recipe import Recipe
 
 pytest_plugins = ["synthetic_cells"]  # its fixtures
 
@@ -114,7 +113,7 @@ def test_rescoring_equals_a_loop_over_draws_and_is_remembered(cells, monkeypatch
             one = [rescore(cell.identity.task, images, row[None])[metric][0] for row in weights]
             np.testing.assert_allclose(values, one, rtol=1e-12)
             assert rescored.point[metric] == pytest.approx(cell.metrics[metric])
-    monkeypatch.setattr("common.board.cells.rescore", lambda *_: pytest.fail("computed twice"))
+    monkeypatch.setattr("backbench.common.board.cells.rescore", lambda *_: pytest.fail("computed twice"))
     again = rescore_cells(some, 30, seed=5)
     assert all((a.replicates[k] == b.replicates[k]).all() for a, b in zip(found, again) for k in a.replicates)
 

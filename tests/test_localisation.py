@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from backbench.common.metrics import classification, localisation
 from torchvision.ops import box_iou
-
-from common.metrics import classification, localisation
 
 
 def random_boxes(rng, n, side=20):

@@ -8,17 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from backbench.common.base.locks import holder, lock, locked
 from filelock import Timeout, UnixFileLock
-
-from common.locks import holder, lock, locked
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-import common.locks
+import backbench.common.base.locks
 {before}
-held = common.locks.lock(Path(sys.argv[1]))
+held = backbench.common.base.locks.lock(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:
     time.sleep(600)

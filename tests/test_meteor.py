@@ -8,17 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backbench.captioning import java, meteor, paraphrases
+from backbench.captioning.java import JavaError, JavaLines, find_java, one_line
+from backbench.captioning.meteor import Meteor
+from backbench.captioning.scoring import Scorer
+from backbench.captioning.spice import Spice
+from backbench.captioning.tokenizer import Tokenizer, tokenize_plain
+from backbench.common.base.errors import UserError
+from backbench.common.metrics import captions as metrics
 from conftest import PATIENCE
 from test_caption_metrics import some_captions
-
-from captioning import java, meteor, paraphrases
-from captioning.java import JavaError, JavaLines, find_java, one_line
-from captioning.meteor import Meteor
-from captioning.scoring import Scorer
-from captioning.spice import Spice
-from captioning.tokenizer import Tokenizer, tokenize_plain
-from common.errors import UserError
-from common.metrics import captions as metrics
 
 RAW = [
     "A man's dog (brown) isn't here, is it?",

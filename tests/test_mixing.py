@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from torch.nn import functional as F
-from torchvision.transforms import v2
-
-from common.errors import UserError
-from common.mixing import (
+from backbench.common.base.errors import UserError
+from backbench.common.classify.mixing import (
     ALL_METHODS,
     MixingRecipe,
     box_mask,
@@ -25,6 +22,8 @@ from common.mixing import (
     one_hot,
     parse_method,
 )
+from torch.nn import functional as F
+from torchvision.transforms import v2
 
 
 def boxes(width, height, draws, alpha=1.0, seed=0):

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from backbench.common.backbones.load import load_backbone, save_backbone
+from backbench.common.base.errors import UserError
+from backbench.pretrain.networks import ALL_ARCHS, NETWORKS, CifarResNet, PyramidNet, build, load_network
 from torch.nn import functional as F
-
-from common.backbone import load_backbone, save_backbone
-from common.errors import UserError
-from pretrain.networks import ALL_ARCHS, NETWORKS, CifarResNet, PyramidNet, build, load_network
 
 
 @pytest.mark.parametrize(

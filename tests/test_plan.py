@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import fails
-from planned_cells import save, smoke
-
-from common.board import sweep
-from common.board.commands import grid_of_arguments
-from common.board.plan import (
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import fitting_name, write_json
+from backbench.common.cli.commands import grid_of_arguments
+from backbench.common.cli.main import arguments
+from backbench.common.grid import sweep
+from backbench.common.grid.plan import (
     grid_of,
     name_group,
     only,
@@ -20,11 +20,10 @@ from common.board.plan import (
     plan_tasks,
     read_grid,
 )
-from common.board.plan_file import jobs_of_json, jobs_to_json
-from common.cell import Identity
-from common.cli import arguments
-from common.errors import UserError
-from common.files import fitting_name, write_json
+from backbench.common.grid.plan_file import jobs_of_json, jobs_to_json
+from backbench.common.run.cell import Identity
+from conftest import fails
+from planned_cells import save, smoke
 
 pytest_plugins = ["planned_cells"]  # its fixtures
 
@@ -287,13 +286,13 @@ def test_a_bad_sweep_is_refused():
 
 
 def test_held_out_images_are_training_images_and_a_key_of_their_own(facts):
-    from common.transfer import hold_out
+    from backbench.common.run.transfer import hold_out
 
     whole = facts.data("detection", "scenes:size=smoke")
     part = facts.data("detection", "scenes:size=smoke", 0, 0.25)
     assert part["train_images"] + part["test_images"] == whole["train_images"]
     assert len({part["train"], part["test"], whole["train"], whole["test"]}) == 4
-    from common.data import open_captions
+    from backbench.common.data import open_captions
 
     train, _ = open_captions("scenes:size=smoke")
     kept, scored = hold_out(train, 0.25)

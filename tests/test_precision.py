@@ -8,26 +8,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from backbench.captioning import finetune as captions
+from backbench.captioning.data import pooled_features
+from backbench.captioning.recipes import RECIPES as CAPTIONS
+from backbench.common.backbones.load import load_backbone
+from backbench.common.backbones.resnet import Classifier
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_json
+from backbench.common.classify.step import ClassifyRecipe, predict_logits
+from backbench.common.engine import loop, resolve_precision
+from backbench.detection import finetune as detection
+from backbench.pretrain import evaluate, robustness, run
+from backbench.pretrain.recipes import ROBUSTNESS
+from backbench.wsol import finetune as wsol
 from shapes import finetune_args
 from test_captioning import command as captions_command
 from test_captioning import write_walls
 from test_cell import RECIPE, complete, opened
 from test_wsol import arguments as wsol_arguments
 from test_wsol import write_cub
-
-from captioning import finetune as captions
-from captioning.data import pooled_features
-from captioning.recipes import RECIPES as CAPTIONS
-from common.backbone import load_backbone
-from common.classify import ClassifyRecipe, predict_logits
-from common.engine import loop, resolve_precision
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.trunk import Classifier
-from detection import finetune as detection
-from pretrain import evaluate, robustness, run
-from pretrain.recipes import ROBUSTNESS
-from wsol import finetune as wsol
 
 pytest_plugins = ["shapes"]  # its fixtures
 
@@ -283,9 +282,9 @@ def test_evaluation_in_another_arithmetic_is_another_prediction(tmp_path):
 
 def test_fp32_is_fp32_whatever_the_environment_allows():
     code = (
-        "import common, os, torch\n"
+        "import backbench.common, os, torch\n"
         "torch.set_float32_matmul_precision('medium')\n"
-        "from common.engine import pick_device\n"
+        "from backbench.common.engine import pick_device\n"
         "pick_device('cpu')\n"
         "print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32,"
         " torch.backends.cudnn.allow_tf32, os.environ['ONEDNN_DEFAULT_FPMATH_MODE'],"

@@ -6,17 +6,12 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch._dynamo.testing import CompileCounter
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import drop_block2d, stochastic_depth
-
-from common.classify import ClassifyRecipe, make_step
-from common.engine import REQUEUE, train
-from common.errors import UserError
-from common.trunk import Classifier, Trunk
-from pretrain.networks import CifarResNet, PyramidNet
-from pretrain.regularizers import (
+from backbench.common.backbones.resnet import Classifier, Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.classify.step import ClassifyRecipe, make_step
+from backbench.common.engine import REQUEUE, train
+from backbench.pretrain.networks import CifarResNet, PyramidNet
+from backbench.pretrain.regularizers import (
     RegularizedRecipe,
     drop_block,
     drop_block_seeds,
@@ -27,6 +22,10 @@ from pretrain.regularizers import (
     residual_blocks,
     shakedrop,
 )
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import drop_block2d, stochastic_depth
 
 
 def recipe(method, **fields):

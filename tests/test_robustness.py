@@ -8,21 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.board.cells import load_cells
+from backbench.common.board.leaderboard import make_board
+from backbench.common.data.decode import read_rgb
+from backbench.common.metrics import rescore
+from backbench.common.report.html import write_report
+from backbench.common.report.writing import methods_markdown
+from backbench.pretrain import evaluate, robustness, run, stress
+from backbench.pretrain.outliers import open_outliers
+from backbench.pretrain.recipes import ROBUSTNESS, RobustnessRecipe
 from conftest import write_class_folders
 from test_cifar import write_cifar
 from torch.nn import functional as F
 from torchvision.models import resnet18
-
-from common.board.cells import load_cells
-from common.board.leaderboard import make_board
-from common.board.report import write_report
-from common.board.writing import methods_markdown
-from common.data.decode import read_rgb
-from common.errors import UserError
-from common.metrics import rescore
-from pretrain import evaluate, robustness, run, stress
-from pretrain.outliers import open_outliers
-from pretrain.recipes import ROBUSTNESS, RobustnessRecipe
 
 CPU = torch.device("cpu")
 NEUTRAL = (0.0,) * 3, (1.0,) * 3  # mean and deviation that change nothing

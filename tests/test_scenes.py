@@ -13,16 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import file_digest
+from backbench.common.data.scenes import VERSION, World, ensure_world
+from backbench.common.data.scenes.compose import BIG, SMALL
+from backbench.common.data.scenes.draw import COLOURS, SETTINGS, Scene, Thing, paint, render
+from backbench.common.data.scenes.grammar import PLACES
+from backbench.common.data.scenes.shapes import CLASSES, KINDS, REACH
+from backbench.common.data.scenes.write import SIZES, caption_scene, difficult, portrait_scene, voc_scene
 from PIL import Image
-
-from common.errors import UserError
-from common.files import file_digest
-from common.scenes import VERSION, World, ensure_world
-from common.scenes.compose import BIG, SMALL
-from common.scenes.draw import COLOURS, SETTINGS, Scene, Thing, paint, render
-from common.scenes.grammar import PLACES
-from common.scenes.shapes import CLASSES, KINDS, REACH
-from common.scenes.write import SIZES, caption_scene, difficult, portrait_scene, voc_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = SIZES["smoke"]
@@ -352,7 +351,7 @@ def test_second_call_touches_nothing(world, monkeypatch):
     def write(*args):
         raise AssertionError("it draws again")
 
-    monkeypatch.setattr("common.scenes.write.write_world", write)
+    monkeypatch.setattr("backbench.common.data.scenes.write.write_world", write)
     before = state()
     assert ensure_world(world.root.parent, size="smoke", seed=3) == world
     assert state() == before
@@ -365,7 +364,7 @@ def test_unknown_manifest_is_drawn_again(tmp_path, monkeypatch):
         drawn.append(root)
         (root / "one.jpg").write_bytes(b"fresh")
 
-    monkeypatch.setattr("common.scenes.write.write_world", write)
+    monkeypatch.setattr("backbench.common.data.scenes.write.write_world", write)
     root = ensure_world(tmp_path, size="smoke").root
     for number, spoil in enumerate(
         (
@@ -387,7 +386,7 @@ def test_unknown_manifest_is_drawn_again(tmp_path, monkeypatch):
         assert (root / "one.jpg").read_bytes() == b"fresh" and not (root / "stray.jpg").exists()
 
 
-COMMAND = "import sys; from common.scenes import ensure_world; ensure_world(sys.argv[1], size='smoke')"
+COMMAND = "import sys; from backbench.common.data.scenes import ensure_world; ensure_world(sys.argv[1], size='smoke')"
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -425,7 +424,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr("common.scenes.write._write_cub", full)
+        patch.setattr("backbench.common.data.scenes.write._write_cub", full)
         ensure_world(tmp_path, size="smoke")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 

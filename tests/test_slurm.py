@@ -13,25 +13,24 @@ import time
 from pathlib import Path
 
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.grid import slurm
+from backbench.common.grid.facts import Facts
+from backbench.common.grid.local import run_jobs
+from backbench.common.grid.plan import Backbone, Grid, Job, plan_tasks
+from backbench.common.grid.plan_file import jobs_to_json
+from backbench.common.grid.records import read_record
+from backbench.common.grid.status import look_at
+from backbench.common.run.keys import ROOT
 from conftest import PATIENCE, wait_until
-
-from common.board import slurm
-from common.board.facts import Facts
-from common.board.grid import run_jobs
-from common.board.plan import Backbone, Grid, Job, plan_tasks
-from common.board.plan_file import jobs_to_json
-from common.board.records import read_record
-from common.board.status import look_at
-from common.errors import UserError
-from common.keys import ROOT
 
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol")
 DRIVER = """
 import json, sys
 from pathlib import Path
-from common.board import slurm
-from common.board.grid import has_cell
-from common.board.plan_file import jobs_of_json
+from backbench.common.grid import slurm
+from backbench.common.grid.local import has_cell
+from backbench.common.grid.plan_file import jobs_of_json
 
 jobs, records, parameters = json.loads(Path(sys.argv[1]).read_text())
 outcomes = slurm.run_slurm(jobs_of_json(jobs), Path(records), parameters, has_cell)

@@ -3,6 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.resnet import Trunk
+from backbench.detection.matching import (
+    _overlaps,
+    corners,
+    decode,
+    encode,
+    hard_negatives,
+    match_priors,
+    ssd300_priors,
+)
+from backbench.detection.ssd import SSD300, detect, ssd_loss
 from torch import nn
 from torchvision.models import resnet50
 from torchvision.models.detection._utils import SSDMatcher
@@ -11,10 +22,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.ops import batched_nms, box_iou
-
-from common.trunk import Trunk
-from detection.matching import _overlaps, corners, decode, encode, hard_negatives, match_priors, ssd300_priors
-from detection.ssd import SSD300, detect, ssd_loss
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -9,12 +9,12 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
-from planned_cells import finish, look, save
-
-from common.board import preflight
-from common.board.commands import status, to_run
-from common.board.facts import Facts
-from common.board.plan import (
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_json
+from backbench.common.cli.commands import status, to_run
+from backbench.common.grid import preflight
+from backbench.common.grid.facts import Facts
+from backbench.common.grid.plan import (
     Grid,
     Pretraining,
     expected_inputs,
@@ -23,12 +23,11 @@ from common.board.plan import (
     plan_tasks,
     pretrain_job,
 )
-from common.board.plan_file import plan_file, write_plan
-from common.board.records import record_file, write_record
-from common.board.status import Status, status_lines, summary_line
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.keys import ROOT, stage_keys
+from backbench.common.grid.plan_file import plan_file, write_plan
+from backbench.common.grid.records import record_file, write_record
+from backbench.common.grid.status import Status, status_lines, summary_line
+from backbench.common.run.keys import ROOT, stage_keys
+from planned_cells import finish, look, save
 
 pytest_plugins = ["planned_cells"]  # its fixtures
 
@@ -128,7 +127,7 @@ def test_status_of_an_image_edited_in_place(tmp_path, facts, class_folders):
 @pytest.mark.parametrize("told", [True, False])
 def test_a_results_folder_is_read_where_it_lies(tmp_path, facts, capsys, monkeypatch, told):
     """A copy shows its own cells, a moved folder is what it was; so are plans that do not say where they were made."""
-    monkeypatch.setattr("common.board.commands.Facts", lambda: Facts(facts.file))
+    monkeypatch.setattr("backbench.common.cli.commands.Facts", lambda: Facts(facts.file))
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "results"
     grid = Grid(recipe="smoke", out=out, pretrain=(Pretraining("cutmix"),))
@@ -157,7 +156,9 @@ def test_a_results_folder_is_read_where_it_lies(tmp_path, facts, capsys, monkeyp
     (copy / last.folder.relative_to(out) / "cell.json").unlink()
     assert seen(copy) == "3 cells: 2 done, 1 to do" and seen(out) == "3 cells: 3 done"
     write_record(out / "grid", last, "running", pid=os.getpid())
-    monkeypatch.setattr("common.board.status.at_work", lambda record, job: record.get("state") == "running")
+    monkeypatch.setattr(
+        "backbench.common.grid.status.at_work", lambda record, job: record.get("state") == "running"
+    )
     shutil.copy(record_file(out / "grid", last), copy / "grid")
     assert seen(copy) == "3 cells: 2 done, 1 to do" and "1 running" in seen(out)
     write_record(out / "grid", last, "done")
@@ -226,10 +227,10 @@ def test_status_lines(finished):
 
 def test_status_reads_nothing_again_while_nothing_changes(tmp_path, facts, finished, monkeypatch):
     job, _ = finished
-    monkeypatch.setattr("common.backbone.load_backbone", None)
-    monkeypatch.setattr("common.data.open_localisation", None)
-    monkeypatch.setattr("common.board.facts._read_recipes", None)
-    monkeypatch.setattr("common.board.facts.code_hash", None)
+    monkeypatch.setattr("backbench.common.backbones.load.load_backbone", None)
+    monkeypatch.setattr("backbench.common.data.open_localisation", None)
+    monkeypatch.setattr("backbench.common.grid.facts._read_recipes", None)
+    monkeypatch.setattr("backbench.common.grid.facts.code_hash", None)
     assert look(job, tmp_path, Facts(facts.file)).state == "done"
     (tmp_path / "facts.json").write_text("not JSON")
     with pytest.raises((TypeError, AttributeError)):  # a damaged memory is none: all is read again
@@ -238,8 +239,8 @@ def test_status_reads_nothing_again_while_nothing_changes(tmp_path, facts, finis
 
 def test_status_imports_no_torch():
     code = (
-        "import sys; from common.cli import arguments; arguments('status'); import common.board.commands; "
-        "sys.exit('torch' in sys.modules)"
+        "import sys; from backbench.common.cli.main import arguments; arguments('status'); "
+        "import backbench.common.cli.commands; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -5,17 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import write_json
+from backbench.common.cli import main as cli
+from backbench.common.data import published
+from backbench.common.data.scenes import ensure_world
+from backbench.common.data.verify import verify
 from conftest import write_class_folders
 from PIL import Image
 from test_cifar import write_cifar
 from test_wsol_data import WNIDS, ilsvrc, tiny_imagenet, write_xml
-
-from common import cli
-from common.data import published
-from common.data.verify import verify
-from common.errors import UserError
-from common.files import write_json
-from common.scenes import ensure_world
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +165,7 @@ def test_cifar(kind, version, tmp_path, capsys, monkeypatch):
 
 
 def _mean(folder: Path, version: str):
-    from common.data import open_classification
+    from backbench.common.data import open_classification
 
     kind = "cifar100" if "100" in folder.name else "cifar10"
     return open_classification(f"{kind}:{folder}")[0].pixels.reshape(-1, 3).mean(0).round(1)
@@ -320,7 +319,7 @@ def test_coco_instances(tmp_path, capsys):
 
 
 def _jpegs(root: Path, part: str) -> tuple[str, int]:
-    from common.data import open_captions
+    from backbench.common.data import open_captions
 
     images = open_captions(f"captions:{root}")[part == "val"]
     return images.paths[0].parent.name, len(images)

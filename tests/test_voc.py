@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backbench.common.data import open_detection
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.readers.voc import VOC_CLASSES
 from conftest import fails, picture
 from PIL import Image
-
-from common.data import open_detection
-from common.data.decode import read_rgb
-from common.data.voc import VOC_CLASSES
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from backbench.common.backbones.load import body_fingerprint, load_backbone, load_classifier, save_backbone
+from backbench.common.backbones.resnet import Classifier, Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import file_and_choice
 from torch import nn
-
-from common.backbone import body_fingerprint, load_backbone, load_classifier, save_backbone
-from common.errors import UserError
-from common.files import file_and_choice
-from common.trunk import Classifier, Trunk
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +312,7 @@ def test_a_file_that_calls_itself_the_plain_network_loads(what, state, tmp_path)
     ],
 )
 def test_names_of_the_plain_resnet50(name):
-    from common.declared import contradiction
+    from backbench.common.backbones.declared import contradiction
 
     assert contradiction({"arch": name}, "resnet50") is None
     assert contradiction({"arch": name}, "resnet101")
@@ -335,7 +334,7 @@ def test_names_of_the_plain_resnet50(name):
     ],
 )
 def test_names_of_no_plain_resnet50(name):
-    from common.declared import contradiction
+    from backbench.common.backbones.declared import contradiction
 
     assert contradiction({"args": {"model": name}}, "resnet50")
 
@@ -392,7 +391,7 @@ def shapes(arch: str, **options) -> dict[str, torch.Tensor]:
     "arch", ["wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
 )
 def test_relatives_are_called_by_their_names(arch, tmp_path):
-    from common.find_resnet import recognise
+    from backbench.common.backbones.find_resnet import recognise
 
     with pytest.raises(UserError, match=f"x.pth: a {arch}: its body"):
         recognise(shapes(arch), "x.pth")
@@ -429,7 +428,7 @@ def test_unlike_networks_get_a_line_of_their_own(what, state, tmp_path):
     ],
 )
 def test_other_families_are_called_by_their_names(arch, message):
-    from common.find_resnet import find_resnet
+    from backbench.common.backbones.find_resnet import find_resnet
 
     with pytest.raises(UserError, match=f"x.pth: {message}.*not a ResNet"):
         find_resnet(shapes(arch), "x.pth")
@@ -437,10 +436,10 @@ def test_other_families_are_called_by_their_names(arch, message):
 
 def test_every_command_that_takes_a_backbone_takes_the_choice(state, tmp_path, capsys):
     """The same file and choice through pretrain/evaluate.py's loader and through `backbench export`."""
-    from common.cli import _main
-    from common.transfer import reading
-    from pretrain.evaluate import arguments
-    from pretrain.evaluate import load as load_evaluated
+    from backbench.common.cli.main import _main
+    from backbench.common.run.transfer import reading
+    from backbench.pretrain.evaluate import arguments
+    from backbench.pretrain.evaluate import load as load_evaluated
 
     path = tmp_path / "x.pth"
     torch.save({"state_dict": state, "state_dict_ema": under("", state, 0.5), "arch": "resnetblur18"}, path)
@@ -454,8 +453,8 @@ def test_every_command_that_takes_a_backbone_takes_the_choice(state, tmp_path, c
 
 
 def test_a_grid_takes_two_networks_of_one_file(state, tmp_path, monkeypatch):
-    from common.board.facts import Facts
-    from common.board.plan import name_group, parse_backbone
+    from backbench.common.grid.facts import Facts
+    from backbench.common.grid.plan import name_group, parse_backbone
 
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": state, "state_dict_ema": under("", state, 0.5)}, tmp_path / "x.pth")

@@ -7,18 +7,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.resnet import Classifier, Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import override
+from backbench.common.data import open_localisation
+from backbench.common.engine.loop import make_optimizer, make_schedulers
+from backbench.common.metrics import rescore
+from backbench.wsol import boxes, cam, evaluate, finetune
+from backbench.wsol.recipes import PAPER, PAPER_IMAGENET, RECIPES
+from backbench.wsol.report import choose_threshold, statistics
 from torch import nn
 from torch.nn import functional as F
-
-from common.data import open_localisation
-from common.engine.loop import make_optimizer, make_schedulers
-from common.errors import UserError
-from common.metrics import rescore
-from common.recipe import override
-from common.trunk import Classifier, Trunk
-from wsol import boxes, cam, evaluate, finetune
-from wsol.recipes import PAPER, PAPER_IMAGENET, RECIPES
-from wsol.report import choose_threshold, statistics
 
 
 @pytest.mark.parametrize("arch", ["resnet18_half", "resnet50"])

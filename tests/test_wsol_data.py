@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backbench.common.base.errors import UserError
+from backbench.common.data import open_classification, open_localisation
 from PIL import Image
-
-from common.data import open_classification, open_localisation
-from common.errors import UserError
 
 WNIDS = ("n01440764", "n01443537")
 

@@ -9,19 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from backbench.common.backbones.load import save_backbone
+from backbench.common.backbones.resnet import Classifier, Trunk
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import override
+from backbench.common.data import open_localisation
+from backbench.common.metrics import rescore
+from backbench.common.metrics.localisation import iou, pack_right, shuffled_chance, threshold_curve
+from backbench.wsol import cam, choe2020, evaluate, finetune, pictures, predict
+from backbench.wsol.model import load_predictor
+from backbench.wsol.recipes import RECIPES
 from PIL import Image
 from test_wsol import arguments, folder_of, write_boxes, write_cub
-
-from common.backbone import save_backbone
-from common.data import open_localisation
-from common.errors import UserError
-from common.metrics import rescore
-from common.metrics.localisation import iou, pack_right, shuffled_chance, threshold_curve
-from common.recipe import override
-from common.trunk import Classifier, Trunk
-from wsol import cam, choe2020, evaluate, finetune, pictures, predict
-from wsol.model import load_predictor
-from wsol.recipes import RECIPES
 
 
 def naive_boxes(scaled):

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from backbench.common.backbones.resnet import Classifier
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import write_npz
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.errors import UserError
-from common.files import write_npz
-from common.trunk import Classifier
 
 
 def class_maps(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:

@@ -19,9 +19,15 @@ from typing import Any
 
 import cv2
 import numpy as np
-
-from common.data.decode import threaded
-from common.metrics.localisation import BOX_IOUS, GREYS, best_centred_box, iou, pack_right, threshold_curve
+from backbench.common.data.decode import threaded
+from backbench.common.metrics.localisation import (
+    BOX_IOUS,
+    GREYS,
+    best_centred_box,
+    iou,
+    pack_right,
+    threshold_curve,
+)
 
 SIDE = 224
 THRESHOLDS = np.arange(0, 1, 0.001)  # as their code makes them

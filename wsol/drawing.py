@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.data.types import ImageSet
-from wsol.pictures import GREEN, RED, captioned, draw_boxes, fitted, overlay, save_picture, sheet
+from backbench.common.data.types import ImageSet
+from backbench.wsol.pictures import GREEN, RED, captioned, draw_boxes, fitted, overlay, save_picture, sheet
 
 ACROSS = 3
 

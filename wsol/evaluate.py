@@ -26,17 +26,16 @@ from typing import Any
 
 import cv2
 import numpy as np
-
-from common.arguments import Parser, whole
-from common.data.boxes import read_box_csv
-from common.data.decode import threaded
-from common.data.layout import Report, files_below, need_folder
-from common.errors import UserError, run_main
-from common.files import make_folder, write_json
-from common.metrics import rescore
-from common.metrics.localisation import IOU_RIGHT, best_centred_box, best_iou
-from wsol.boxes import boxes_from_maps, to_crop
-from wsol.choe2020 import (
+from backbench.common.base.arguments import Parser, whole
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import make_folder, write_json
+from backbench.common.data.boxes import read_box_csv
+from backbench.common.data.decode import threaded
+from backbench.common.data.layout import Report, files_below, need_folder
+from backbench.common.metrics import rescore
+from backbench.common.metrics.localisation import IOU_RIGHT, best_centred_box, best_iou
+from backbench.wsol.boxes import boxes_from_maps, to_crop
+from backbench.wsol.choe2020 import (
     SIDE,
     Sweep,
     box_statistics,

@@ -12,7 +12,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -22,28 +22,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-
-from common.backbone import Backbone, load_backbone
-from common.cell import Run
-from common.classify import make_step
-from common.crops import SQUARES, TrainImages
-from common.data import open_localisation
-from common.data.decode import Fit, centre_crop, decode_all
-from common.data.thumbnails import write_thumbnails
-from common.data.types import ImageSet
-from common.engine import INIT, autocast, is_main, torch_seed, train
-from common.errors import UserError, run_main
-from common.metrics.classification import true_rank
-from common.mixing import MIXING, canonical_method
-from common.progress import progress
-from common.recipe import engine_options, override
-from common.transfer import open_transfer, reading, transfer_parser
-from common.trunk import Classifier, normalise
-from wsol.boxes import crop_window
-from wsol.cam import ScoreMaps, compact, join, load_maps, predict
-from wsol.model import write_model, wsol_model
-from wsol.recipes import RECIPES, WSOLRecipe
-from wsol.report import choose, finish
+from backbench.common.backbones.load import Backbone, load_backbone
+from backbench.common.backbones.resnet import Classifier, normalise
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.progress import progress
+from backbench.common.base.recipe import engine_options, override
+from backbench.common.classify.crops import SQUARES, TrainImages
+from backbench.common.classify.mixing import MIXING, canonical_method
+from backbench.common.classify.step import make_step
+from backbench.common.data import open_localisation
+from backbench.common.data.decode import Fit, centre_crop, decode_all
+from backbench.common.data.thumbnails import write_thumbnails
+from backbench.common.data.types import ImageSet
+from backbench.common.engine import INIT, autocast, is_main, torch_seed, train
+from backbench.common.metrics.classification import true_rank
+from backbench.common.run.cell import Run
+from backbench.common.run.transfer import open_transfer, reading, transfer_parser
+from backbench.wsol.boxes import crop_window
+from backbench.wsol.cam import ScoreMaps, compact, join, load_maps, predict
+from backbench.wsol.model import write_model, wsol_model
+from backbench.wsol.recipes import RECIPES, WSOLRecipe
+from backbench.wsol.report import choose, finish
 
 TASK, MODEL = "wsol", "cam"
 OWN = "own"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.cell import Run
+from backbench.common.run.cell import Run
 
 CHOE = ("MaxBoxAcc", "MaxBoxAccV2")
 

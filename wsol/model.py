@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from backbench.common.backbones.load import Backbone
+from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk, normalise
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import read_json, write_json
+from backbench.common.data.decode import centre_crop, resize
+from backbench.common.run.cell import Run
+from backbench.wsol.boxes import crop_window
+from backbench.wsol.cam import class_maps
 from torch import Tensor
-
-from common.backbone import Backbone
-from common.cell import Run
-from common.data.decode import centre_crop, resize
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.trunk import ARCHS, Classifier, Trunk, normalise
-from wsol.boxes import crop_window
-from wsol.cam import class_maps
 
 FORMAT = 1
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import write_atomic
 from PIL import Image, ImageDraw, ImageFont
-
-from common.errors import UserError
-from common.files import write_atomic
 
 RED, GREEN = (230, 30, 30), (40, 220, 60)  # true box, found box: the paper's figure 4
 PAPER = 255  # background of a sheet

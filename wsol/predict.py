@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the root replac
 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
@@ -29,20 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from common.arguments import Parser, whole
-from common.data.boxes import read_box_csv
-from common.data.decode import read_rgb
-from common.data.layout import Report
-from common.data.pictures import find_pictures
-from common.engine import pick_device
-from common.errors import UserError, run_main
-from common.files import make_folder, write_json
-from common.metrics.localisation import best_iou
-from common.mixing import cutmix, cutmix_box, cutout, mixup
-from wsol.boxes import boxes_from_maps, from_crop, to_crop
-from wsol.model import Predictor, load_predictor, shares_of
-from wsol.pictures import GREEN, RED, captioned, draw_boxes, fitted, overlay, save_picture, sheet
+from backbench.common.base.arguments import Parser, whole
+from backbench.common.base.errors import UserError, run_main
+from backbench.common.base.files import make_folder, write_json
+from backbench.common.classify.mixing import cutmix, cutmix_box, cutout, mixup
+from backbench.common.data.boxes import read_box_csv
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.layout import Report
+from backbench.common.data.pictures import find_pictures
+from backbench.common.engine import pick_device
+from backbench.common.metrics.localisation import best_iou
+from backbench.wsol.boxes import boxes_from_maps, from_crop, to_crop
+from backbench.wsol.model import Predictor, load_predictor, shares_of
+from backbench.wsol.pictures import GREEN, RED, captioned, draw_boxes, fitted, overlay, save_picture, sheet
 
 WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
 

@@ -1,4 +1,4 @@
-"""WSOL recipes. Source tags as in common/recipe.py.
+"""WSOL recipes. Source tags as in common/base/recipe.py.
 
 `paper` (CUB-200-2011) and `paper_imagenet` are the paper's two (section 4.2, appendix B); expect Top-1 Loc of
 ResNet-50 with baseline, Mixup, Cutout, CutMix: CUB 49.41 49.30 52.78 54.81, ImageNet 46.30 45.84 46.69 47.25.
@@ -12,9 +12,9 @@ shuffled predictions .03).
 
 from dataclasses import dataclass, replace
 
-from common.classify import ClassifyRecipe
-from common.errors import UserError
-from common.recipe import knob
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import knob
+from backbench.common.classify.step import ClassifyRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

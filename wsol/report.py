@@ -5,25 +5,26 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from common.cell import Run
-from common.curve_svg import curve_svg
-from common.data.types import ImageSet
-from common.engine import SPLIT, stream
-from common.files import write_text
-from common.metrics import rescore
-from common.metrics.localisation import (
-    IOU_RIGHT,
-    best_centred_box,
-    best_iou,
-    shuffled_chance,
+from backbench.common.base.files import write_text
+from backbench.common.data.types import ImageSet
+from backbench.common.engine import SPLIT, stream
+from backbench.common.metrics import rescore
+from backbench.common.metrics.localisation import IOU_RIGHT, best_centred_box, best_iou, shuffled_chance
+from backbench.common.report.curve_svg import curve_svg
+from backbench.common.run.cell import Run
+from backbench.wsol.boxes import boxes_from_maps, from_crop, to_crop
+from backbench.wsol.cam import ScoreMaps
+from backbench.wsol.choe2020 import (
+    Sweep,
+    box_statistics,
+    centred_box_accuracies,
+    curves,
+    pixel_truths,
+    sweep_maps,
 )
-from wsol.boxes import boxes_from_maps, from_crop, to_crop
-from wsol.cam import ScoreMaps
-from wsol.choe2020 import Sweep, box_statistics, centred_box_accuracies, curves, pixel_truths, sweep_maps
-from wsol.drawing import draw_extremes
-from wsol.markdown import as_markdown
-from wsol.recipes import WSOLRecipe
+from backbench.wsol.drawing import draw_extremes
+from backbench.wsol.markdown import as_markdown
+from backbench.wsol.recipes import WSOLRecipe
 
 THRESHOLDS = np.arange(1, 20) / 20  # .05, .10 … .95: what a chosen threshold is chosen from
 LISTED = 10

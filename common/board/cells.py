@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.board.statistics import draw_weights
-from common.cell import SCHEMA, Identity
-from common.data.cache import cache_folder
-from common.errors import UserError
-from common.files import digest, file_digest, read_json, write_npz
-from common.keys import evaluated_in
-from common.metrics import rescore
+from backbench.common.base.cache import cache_folder
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import digest, file_digest, read_json, write_npz
+from backbench.common.board.statistics import draw_weights
+from backbench.common.metrics import rescore
+from backbench.common.run.cell import SCHEMA, Identity
+from backbench.common.run.keys import evaluated_in
 
 REPLICATES = 1000
 AT_ONCE = 32  # cells whose statistics are in memory together

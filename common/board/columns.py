@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.board.cells import Cell
-from common.files import digest
+from backbench.common.base.files import digest
+from backbench.common.board.cells import Cell
 
 MODELS = {
     **{"ssd300": "SSD300", "faster_rcnn": "Faster R-CNN", "nic": "NIC", "cam": "CAM"},

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-
-from common.board.cells import REPLICATES, Cell, Rescored, rescore_cells
-from common.board.columns import NO_TRANSFER, Column, deviations, make_columns, place
-from common.board.paper import METHODS, PaperValue, reference
-from common.board.ranks import Ranks, make_ranks
-from common.board.statistics import Difference, Sample, Score, difference, holm, score
+from backbench.common.board.cells import REPLICATES, Cell, Rescored, rescore_cells
+from backbench.common.board.columns import NO_TRANSFER, Column, deviations, make_columns, place
+from backbench.common.board.paper import METHODS, PaperValue, reference
+from backbench.common.board.ranks import Ranks, make_ranks
+from backbench.common.board.statistics import Difference, Sample, Score, difference, holm, score
 
 SMALL = ("smoke", "tiny")  # recipes that show the machinery
 MACHINERY = (

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
+from backbench.common.base.files import digest
+from backbench.common.board.statistics import CONFIDENCE, finite
+from backbench.common.board.strata import Sample, Stratum, strata
 from scipy.stats import rankdata
-
-from common.board.statistics import CONFIDENCE, finite
-from common.board.strata import Sample, Stratum, strata
-from common.files import digest
 
 Noise = Callable[
     [Stratum, int], np.ndarray

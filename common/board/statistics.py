@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
-
-from common.board.strata import (
+from backbench.common.board.strata import (
     IMAGES,
     LEVELS,
     Rest,
@@ -29,6 +27,7 @@ from common.board.strata import (
     run_by_run,
     strata,
 )
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE, POWER = 0.95, 0.8
 MOST_SEEDS = 1000  # beyond, "seeds needed" says that seeds alone do not do

@@ -3,20 +3,20 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from common.data.captions import read_captions
-from common.data.check import check_images
-from common.data.cifar import read_cifar
-from common.data.coco import read_coco
-from common.data.cub import read_cub
-from common.data.folder import read_folder
-from common.data.ilsvrc import read_ilsvrc
-from common.data.layout import short_name
-from common.data.overlap import refuse_copies
-from common.data.spec import DataSpec, parse_data
-from common.data.tiny_imagenet import read_tiny_imagenet
-from common.data.types import CaptionSet, DetectionSet, ImageSet
-from common.data.voc import read_voc
-from common.errors import UserError
+from backbench.common.base.errors import UserError
+from backbench.common.data.check import check_images
+from backbench.common.data.layout import short_name
+from backbench.common.data.overlap import refuse_copies
+from backbench.common.data.readers.captions import read_captions
+from backbench.common.data.readers.cifar import read_cifar
+from backbench.common.data.readers.coco import read_coco
+from backbench.common.data.readers.cub import read_cub
+from backbench.common.data.readers.folder import read_folder
+from backbench.common.data.readers.ilsvrc import read_ilsvrc
+from backbench.common.data.readers.tiny_imagenet import read_tiny_imagenet
+from backbench.common.data.readers.voc import read_voc
+from backbench.common.data.registry import DataSpec, parse_data
+from backbench.common.data.types import CaptionSet, DetectionSet, ImageSet
 
 __all__ = [
     "CaptionSet",
@@ -73,7 +73,7 @@ def open_captions(
 
 def _of_scenes(kind: str, folder: str, reader: Callable[[DataSpec], tuple]) -> Callable[[DataSpec], tuple]:
     def read(spec: DataSpec) -> tuple:
-        from common.scenes import ensure_world
+        from backbench.common.data.scenes import ensure_world
 
         size, seed = spec.options.get("size", "tiny"), spec.options.get("seed", "0")
         if not seed.isdecimal():

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-
-from common.data.decode import read_headers
-from common.data.layout import Report
-from common.errors import UserError
+from backbench.common.base.errors import UserError
+from backbench.common.data.decode import read_headers
+from backbench.common.data.layout import Report
 
 HEADER = ["path", "x0", "y0", "x1", "y1"]
 ALL_DROPPED = "image of which every box was dropped: a miss where it is scored"

@@ -15,12 +15,12 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from common.data.published import file_md5
-from common.data.verify import verify
-from common.errors import UserError, is_disk_full
-from common.files import make_folder, write_text
-from common.locks import locked
-from common.progress import progress
+from backbench.common.base.errors import UserError, is_disk_full
+from backbench.common.base.files import make_folder, write_text
+from backbench.common.base.locks import locked
+from backbench.common.base.progress import progress
+from backbench.common.data.published import file_md5
+from backbench.common.data.verify import verify
 
 CHUNK = 1 << 20
 TIMEOUT = 60  # seconds without a byte

@@ -5,9 +5,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from common.data.cache import file_stat, remember
-from common.errors import UserError
-from common.files import digest
+from backbench.common.base.cache import file_stat, remember
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import digest
 
 
 def fingerprint(settings: Any, ids: Sequence[Any], paths: Sequence[Path], annotations: Sequence[Path]) -> str:

@@ -8,8 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.data.cache import need_text
-from common.errors import UserError
+from backbench.common.base.cache import need_text
+from backbench.common.base.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 HALF = re.compile("[\ud800-\udfff]")

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.data.fingerprint import fingerprint
-from common.data.layout import Report
-from common.data.types import DetectionSet, Truth
-from common.errors import UserError
+from backbench.common.base.errors import UserError
+from backbench.common.data.fingerprint import fingerprint
+from backbench.common.data.layout import Report
+from backbench.common.data.types import DetectionSet, Truth
 
 
 @dataclass

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from common.data.types import CaptionSet, DetectionSet, ImageSet
-from common.errors import UserError
-from common.files import file_digest
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import file_digest
+from backbench.common.data.types import CaptionSet, DetectionSet, ImageSet
 
 AnySet = TypeVar("AnySet", ImageSet, DetectionSet, CaptionSet)
 

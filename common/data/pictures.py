@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import write_atomic
+from backbench.common.data.check import check_images
+from backbench.common.data.decode import resize
+from backbench.common.data.layout import Report, found, list_folder
 from PIL import Image
-
-from common.data.check import check_images
-from common.data.decode import resize
-from common.data.layout import Report, found, list_folder
-from common.errors import UserError
-from common.files import write_atomic
 
 
 def find_pictures(given: Sequence[Path]) -> list[Path]:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-
-from common.data.cifar import locate
-from common.data.decode import read_headers
-from common.data.layout import need_folder, printable
-from common.data.spec import DataSpec
-from common.data.types import CaptionSet, DetectionSet, ImageSet
-from common.errors import UserError
+from backbench.common.base.errors import UserError
+from backbench.common.data.decode import read_headers
+from backbench.common.data.layout import need_folder, printable
+from backbench.common.data.readers.cifar import locate
+from backbench.common.data.registry import DataSpec
+from backbench.common.data.types import CaptionSet, DetectionSet, ImageSet
 
 AnySet = ImageSet | DetectionSet | CaptionSet
 Parts = dict[str, AnySet]

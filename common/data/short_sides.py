@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-
-from common.data.cache import cache_folder, cached_array, files_state, need_space
-from common.data.decode import read_headers, read_rgb, resize, short_size
-from common.errors import UserError, is_disk_full
-from common.files import digest, read_json, write_json
-from common.locks import locked
-from common.progress import progress
+from backbench.common.base.cache import cache_folder, cached_array, files_state, need_space
+from backbench.common.base.errors import UserError, is_disk_full
+from backbench.common.base.files import digest, read_json, write_json
+from backbench.common.base.locks import locked
+from backbench.common.base.progress import progress
+from backbench.common.data.decode import read_headers, read_rgb, resize, short_size
 
 BLOCK = 1024  # images between two syncs: what a kill can cost
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from backbench.common.base.files import make_folder, write_npz
+from backbench.common.data.decode import read_rgb, resize
+from backbench.common.data.types import hash_order
 from PIL import Image
-
-from common.data.decode import read_rgb, resize
-from common.data.types import hash_order
-from common.files import make_folder, write_npz
 
 
 def write_thumbnails(

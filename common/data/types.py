@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
-
-from common.data.decode import read_rgb
-from common.errors import UserError
-from common.files import digest
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import digest
+from backbench.common.data.decode import read_rgb
 
 PER_IMAGE = ("ids", "paths", "labels", "boxes", "sizes", "difficult", "truth", "captions", "pixels")
 

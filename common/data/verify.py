@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from common.data import published, read_parts
-from common.data.check import image_faults
-from common.data.decode import read_rgb
-from common.data.overlap import find_copies
-from common.data.published import Findings, Parts, counted
-from common.data.spec import DataSpec, parse_data
-from common.data.types import DetectionSet
-from common.errors import UserError
-from common.progress import progress
+from backbench.common.base.errors import UserError
+from backbench.common.base.progress import progress
+from backbench.common.data import published, read_parts
+from backbench.common.data.check import image_faults
+from backbench.common.data.decode import read_rgb
+from backbench.common.data.overlap import find_copies
+from backbench.common.data.published import Findings, Parts, counted
+from backbench.common.data.registry import DataSpec, parse_data
+from backbench.common.data.types import DetectionSet
 
 SAMPLE = 64
 BLOCK = 4096  # images given to the threads at a time

@@ -1,6 +1,6 @@
 """Training: loop, loader, random streams, devices."""
 
-from common.engine.device import (
+from backbench.common.engine.device import (
     autocast,
     barrier,
     from_main,
@@ -12,10 +12,10 @@ from common.engine.device import (
     to_device,
     world,
 )
-from common.engine.loader import TrainData
-from common.engine.loop import REQUEUE, peak_memory, train
-from common.engine.state import read_log
-from common.engine.streams import INIT, SPLIT, stream, torch_seed
+from backbench.common.engine.loader import TrainData
+from backbench.common.engine.loop import REQUEUE, peak_memory, train
+from backbench.common.engine.state import read_log
+from backbench.common.engine.streams import INIT, SPLIT, stream, torch_seed
 
 __all__ = [
     "INIT",

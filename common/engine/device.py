@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.engine.torchrun import join, launch
 from torch import distributed as dist
 from torch import nn
-
-from common.engine.torchrun import join, launch
-from common.errors import UserError
 
 
 def pick_device(name: str | None = None) -> torch.device:

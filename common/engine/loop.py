@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from common.engine.device import (
+from backbench.common.base.errors import UserError
+from backbench.common.base.progress import progress
+from backbench.common.base.recipe import Recipe
+from backbench.common.engine.device import (
     autocast,
     barrier,
     compiled,
@@ -27,7 +27,7 @@ from common.engine.device import (
     to_device,
     world,
 )
-from common.engine.loader import (
+from backbench.common.engine.loader import (
     STOPPING,
     MicroBatches,
     Positions,
@@ -36,12 +36,11 @@ from common.engine.loader import (
     make_loader,
     watched,
 )
-from common.engine.optim import make_optimizer, make_schedulers, wrap
-from common.engine.state import Best, Log, read_state, write_state
-from common.engine.streams import StepStreams
-from common.errors import UserError
-from common.progress import progress
-from common.recipe import Recipe
+from backbench.common.engine.optim import make_optimizer, make_schedulers, wrap
+from backbench.common.engine.state import Best, Log, read_state, write_state
+from backbench.common.engine.streams import StepStreams
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Step = Callable[[nn.Module, dict[str, Any], np.random.Generator], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], dict[str, float]]

@@ -9,12 +9,11 @@ import warnings
 from typing import Any
 
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.base.recipe import Recipe
+from backbench.common.engine.device import resolve_precision
 from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, MultiStepLR, OptimWrapper
 from torch import nn
-
-from common.engine.device import resolve_precision
-from common.errors import UserError
-from common.recipe import Recipe
 
 
 def make_optimizer(

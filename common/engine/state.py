@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backbench.common.base.errors import UserError
+from backbench.common.base.files import write_atomic
 from torch import nn
-
-from common.errors import UserError
-from common.files import write_atomic
 
 
 def read_state(path: Path, key: str, device: torch.device | str, mmap: bool = False) -> dict[str, Any] | None:

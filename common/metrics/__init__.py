@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-
-from common.metrics import captions, classification, detection, localisation, robustness
+from backbench.common.metrics import captions, classification, detection, localisation, robustness
 
 MODULES = {
     "classification": classification,

@@ -11,8 +11,14 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-
-from common.metrics.average_precision import IGNORED, RIGHT, WRONG, Boxes, mean_of_classes, weight_sums
+from backbench.common.metrics.average_precision import (
+    IGNORED,
+    RIGHT,
+    WRONG,
+    Boxes,
+    mean_of_classes,
+    weight_sums,
+)
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-
-from common.metrics import average_precision, coco
+from backbench.common.metrics import average_precision, coco
 
 
 def rescore(images: Mapping[str, np.ndarray], weights: np.ndarray | None = None) -> dict[str, np.ndarray]:

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-
-from common.metrics.classification import weighted_mean
+from backbench.common.metrics.classification import weighted_mean
 
 IOU_RIGHT = 0.5  # a box is right when its IoU with a true box is *above* this (paper, appendix B)
 BOX_IOUS = (0.3, 0.5, 0.7)  # what MaxBoxAccV2 averages over; there IoU *at* the value is right

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 
 import numpy as np
-
-from common.metrics import ood
-from common.metrics.classification import weighted_mean
+from backbench.common.metrics import ood
+from backbench.common.metrics.classification import weighted_mean
 
 AT_ONCE = 4_000_000  # numbers of a block of pair weights
 

@@ -18,20 +18,19 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
 import cv2
 import numpy as np
 import torch
+from backbench.common.data import open_detection
+from backbench.common.data.decode import read_rgb
+from backbench.detection.augment import ssd_view
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-
-from common.data import open_detection
-from common.data.decode import read_rgb
-from detection.augment import ssd_view
 
 MEAN = (123, 117, 104)
 

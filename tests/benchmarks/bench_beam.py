@@ -20,11 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from backbench.captioning.beam import Beam, beam_search
+from backbench.captioning.nic import NIC
+from backbench.captioning.vocabulary import END, PAD, START, UNK
 from torch import Tensor
-
-from captioning.beam import Beam, beam_search
-from captioning.nic import NIC
-from captioning.vocabulary import END, PAD, START, UNK
 
 BANNED = [PAD, START, UNK]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.board.statistics import draw_weights
-from common.metrics import rescore
-from common.metrics.localisation import pack_right
+from backbench.common.board.statistics import draw_weights
+from backbench.common.metrics import rescore
+from backbench.common.metrics.localisation import pack_right
 
 
 def detection(rng: np.random.Generator, share: float) -> dict[str, np.ndarray]:

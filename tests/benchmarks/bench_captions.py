@@ -146,9 +146,9 @@ def watch(process: subprocess.Popen, peak: list[int]) -> None:
 
 def ours(data: dict) -> dict:
     """Tokenizer and arrays alone, then with METEOR from cold, then a second system by the same scorer."""
-    from captioning.scoring import Scorer
-    from captioning.tokenizer import Tokenizer
-    from common.metrics import captions as metrics
+    from backbench.captioning.scoring import Scorer
+    from backbench.captioning.tokenizer import Tokenizer
+    from backbench.common.metrics import captions as metrics
 
     began = time.monotonic()
     tokenizer = Tokenizer()
@@ -177,7 +177,7 @@ def ours(data: dict) -> dict:
 
 def again(data: dict) -> dict:
     """A second system in a new process, which finds what the first one cached."""
-    from captioning.scoring import Scorer
+    from backbench.captioning.scoring import Scorer
 
     start = time.monotonic()
     with Scorer(data["references"]) as scorer:
@@ -187,15 +187,15 @@ def again(data: dict) -> dict:
 
 def score(scorer, captions: list[str]) -> dict[str, float]:
     """All corpus scores of one system."""
-    from common.metrics.captions import rescore
+    from backbench.common.metrics.captions import rescore
 
     return {name: float(value[0]) for name, value in rescore(scorer.statistics(captions)).items()}
 
 
 def print_parity(annotations: Path, results: Path) -> None:
     """Every score by both sides, and the largest difference of an image's, as Markdown."""
-    from captioning.scoring import Scorer
-    from common.metrics.captions import per_image, rescore
+    from backbench.captioning.scoring import Scorer
+    from backbench.common.metrics.captions import per_image, rescore
 
     by_image: dict = {}
     for entry in json.loads(annotations.read_text())["annotations"]:
@@ -244,7 +244,7 @@ def theirs(data: dict) -> dict:
 
 def java_on_path() -> None:
     """pycocoevalcap runs `java`."""
-    from captioning.java import find_java
+    from backbench.captioning.java import find_java
 
     os.environ["PATH"] = f"{Path(find_java()).parent}:{os.environ['PATH']}"
 

@@ -20,23 +20,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
 import numpy as np
 import torch
+from backbench.captioning.data import CaptionItems
+from backbench.captioning.finetune import step
+from backbench.captioning.nic import NIC
+from backbench.captioning.recipes import PAPER, RECIPES, CaptionRecipe
+from backbench.captioning.vocabulary import PAD, Vocabulary
+from backbench.common.backbones.resnet import Trunk, normalise
+from backbench.common.base.recipe import override
+from backbench.common.data.types import CaptionSet
+from backbench.common.engine import train
 from torch.nn.utils.rnn import pad_sequence
-
-from captioning.data import CaptionItems
-from captioning.finetune import step
-from captioning.nic import NIC
-from captioning.recipes import PAPER, RECIPES, CaptionRecipe
-from captioning.vocabulary import PAD, Vocabulary
-from common.data.types import CaptionSet
-from common.engine import train
-from common.recipe import override
-from common.trunk import Trunk, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

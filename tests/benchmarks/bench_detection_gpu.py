@@ -23,12 +23,22 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
 import numpy as np
 import torch
+from backbench.common.backbones.resnet import Trunk
+from backbench.common.data import open_detection
+from backbench.common.data.types import DetectionSet
+from backbench.common.engine import train
+from backbench.detection import data as detection_data
+from backbench.detection.build import make_model
+from backbench.detection.data import TrainViews
+from backbench.detection.faster_rcnn import parameter_groups
+from backbench.detection.finetune import STEPS
+from backbench.detection.recipes import RECIPES
 from PIL import Image, ImageFilter
 from torch import nn
 from torchvision import tv_tensors
@@ -38,17 +48,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import v2
-
-from common.data import open_detection
-from common.data.types import DetectionSet
-from common.engine import train
-from common.trunk import Trunk
-from detection import data as detection_data
-from detection.build import make_model
-from detection.data import TrainViews
-from detection.faster_rcnn import parameter_groups
-from detection.finetune import STEPS
-from detection.recipes import RECIPES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -17,17 +17,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
 import torch
+from backbench.common.base.files import write_json
+from backbench.common.base.recipe import Recipe
+from backbench.common.engine import hardware, pick_device, train
 from torch import nn
 from torch.nn import functional as F
-
-from common.engine import hardware, pick_device, train
-from common.files import write_json
-from common.recipe import Recipe
 
 RECIPE = Recipe(iterations=300, batch=64, lr=0.01, schedule="one_cycle", precision="fp32", save_every=1e9)
 

@@ -21,10 +21,9 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
-
-from common.files import write_json
-from common.metrics import average_precision, coco
-from common.metrics.average_precision import RECALLS, Boxes
+from backbench.common.base.files import write_json
+from backbench.common.metrics import average_precision, coco
+from backbench.common.metrics.average_precision import RECALLS, Boxes
 
 IMAGES, CLASSES, OBJECTS = 4952, 20, 12032
 DRAWS = 1000

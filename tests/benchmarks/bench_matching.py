@@ -16,16 +16,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
 import numpy as np
 import torch
+from backbench.detection.matching import corners, decode, encode, hard_negatives, match_priors, ssd300_priors
+from backbench.detection.ssd import detect
 from torchvision.ops import box_iou, nms
-
-from detection.matching import corners, decode, encode, hard_negatives, match_priors, ssd300_priors
-from detection.ssd import detect
 
 
 def match_loop(boxes, labels, priors):

@@ -23,23 +23,22 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import common  # noqa: F401  first, before torch
+import backbench.common  # noqa: F401  first, before torch
 
 # isort: split
 
 import cv2
 import numpy as np
 import torch
+from backbench.common.classify.crops import CropRecipe, TrainImages
+from backbench.common.data.colour import EIGENVALUES, EIGENVECTORS
+from backbench.common.data.decode import BACKENDS
+from backbench.common.data.layout import EXTENSIONS
+from backbench.common.data.scenes import ensure_world
+from backbench.common.data.types import ImageSet
+from backbench.common.engine.streams import Streams
 from PIL import Image
 from torchvision import transforms as T
-
-from common.crops import CropRecipe, TrainImages
-from common.data.colour import EIGENVALUES, EIGENVECTORS
-from common.data.decode import BACKENDS
-from common.data.layout import EXTENSIONS
-from common.data.types import ImageSet
-from common.engine.streams import Streams
-from common.scenes import ensure_world
 
 BATCH = 32
 

@@ -18,12 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from backbench.common.base.files import make_folder, write_json
+from backbench.common.grid.facts import Facts
+from backbench.common.grid.plan import Grid, name_group, plan_tasks
+from backbench.common.grid.plan_file import jobs_to_json, plan_file
 from test_grid import finish, save
-
-from common.board.facts import Facts
-from common.board.plan import Grid, name_group, plan_tasks
-from common.board.plan_file import jobs_to_json, plan_file
-from common.files import make_folder, write_json
 
 
 def main() -> None:
@@ -53,7 +52,9 @@ def time_once(results: Path) -> tuple[float, float]:
     """Wall and CPU seconds of the whole command, Python's start included."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run([sys.executable, "-m", "common.cli", "status", str(results)], env=env, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "backbench.common.cli.main", "status", str(results)], env=env, check=True
+    )
     wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
