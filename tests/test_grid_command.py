@@ -119,6 +119,9 @@ def problems(value, schema, where="cell") -> list[str]:
     found = [f"{where}: {value!r} is not {schema['const']}"] if value != schema.get("const", value) else []
     if isinstance(value, dict):
         found += [f"{where}: no {key}" for key in schema.get("required", []) if key not in value]
+        ways = schema.get("anyOf", [])
+        if ways and all(problems(value, way, where) for way in ways):
+            found.append(f"{where}: none of {ways}")
         rest = schema.get("additionalProperties", True)
         for key, inner in value.items():
             inner_schema = schema.get("properties", {}).get(key, rest)
@@ -142,6 +145,7 @@ def test_a_new_cell_follows_the_schema_file(real):
     assert problems({**cell, "metrics": {"a": "b"}}, schema()) == [
         "cell.metrics.a: 'b' is no ['number', 'null']",
     ]
+    assert problems({k: v for k, v in cell.items() if k != "eval_precision"}, schema()) != []
     del cell["identity"]["seed"]
     assert problems(cell, schema()) == ["cell.identity: no seed"]
 
