@@ -215,10 +215,11 @@ def test_their_classifiers_give_equal_logits(tmp_path, networks, library):
     assert "bgr" not in facts  # an export of it reads RGB
 
 
-def test_detectron2s_converted_weights_say_so(tmp_path, networks):
+@pytest.mark.parametrize("author", ["torchvision", "MOCO"])
+def test_detectron2s_converted_weights_say_so(tmp_path, networks, author):
     """A pickle of numpy arrays, as its converter writes it."""
     network = networks["resnet18"]
-    content = {"model": detectron2s_converter(network.state_dict()), "__author__": "torchvision"}
+    content = {"model": detectron2s_converter(network.state_dict()), "__author__": author}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({**content, "matching_heuristics": True}))
     classifier, facts = load_classifier(tmp_path / "R-50.pkl")
     images = torch.randn(1, 3, 48, 64)

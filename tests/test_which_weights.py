@@ -219,6 +219,13 @@ KNOWN = {  # file: keys beside the body under "backbone."
         "roi_heads.x.weight": torch.ones(3),
     },
     "Lightning's metrics": {"train_acc.tp": torch.ones(3), "criterion.weight": torch.ones(3)},
+    "DETR": {"query_embed.weight": torch.ones(3, 3), "transformer.level_embed": torch.ones(3, 3)},
+    "Deformable DETR of mmdetection": {
+        "query_embedding.weight": torch.ones(3, 3),
+        "level_embed": torch.ones(3),
+    },
+    "BYOL of sthalles": {"projetion.net.0.weight": torch.ones(3, 3)},
+    "weights of a loss": {"class_weights": torch.ones(3), "pos_weight": torch.ones(3)},
     "a normaliser": {
         "normalize.mean": torch.tensor([0.485, 0.456, 0.406]),
         "normalize.std": torch.tensor([0.229, 0.224, 0.225]),
@@ -232,6 +239,23 @@ def test_known_heads_are_left_out_and_named(file, state, tmp_path):
     backbone = load(content, tmp_path)
     assert backbone.fingerprint == fingerprint(state)
     assert any(line.startswith("left out") for line in backbone.report)
+
+
+@pytest.mark.parametrize("body", ["0.", "model.0."])
+def test_what_follows_the_body_in_a_sequence_is_its_head(body, state, tmp_path):
+    """fastai's learners, nn.Sequential(body, head); what precedes the body is none."""
+    outer = body[:-2]
+    head = {f"{outer}1.2.running_mean": torch.ones(3), f"{outer}1.8.weight": torch.ones(3, 3)}
+    assert load(under(body, state) | head, tmp_path).fingerprint == fingerprint(state)
+    assert f"{outer}0.weight" in refusal(
+        under(f"{outer}1.", state) | {f"{outer}0.weight": torch.ones(3)}, tmp_path
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"projector.0.weight": torch.ones(8, 8)}])
+def test_a_norm_beside_the_network_that_no_projector_feeds_is_refused(more, state, tmp_path):
+    norm = {"bn.weight": torch.ones(3), "bn.running_mean": torch.zeros(3)}
+    assert "2 tensors belong neither" in refusal(under("net.", state) | norm | more, tmp_path)
 
 
 def test_a_network_that_normalises_otherwise_is_refused(state, tmp_path):

@@ -18,6 +18,8 @@ CAFFE = {  # Caffe's ResNets and their heirs: BGR, 0 to 255 less the mean, strid
     "stride_in_1x1": True,
 }
 DETECTRON2 = {**CAFFE, "mean": (123.675 / 255, 116.28 / 255, 103.53 / 255)}  # detectron2/config/defaults.py
+# `__author__` in files of converters to detectron2's names: facebookresearch/moco, detection/convert-pretrain.py …
+CONVERTED = ("torchvision", "MOCO", "OpenSelfSup")
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,9 @@ def _reading(
         if (name := key.rpartition(".")[2]) in ("pixel_mean", "pixel_std") and value.numel() == 3
     }
     tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in pixel}
-    if content.get("__author__") == "torchvision":
-        return tensors, {}, ["made from torchvision's weights, it says: RGB with ImageNet's mean and std"]
+    if content.get("__author__") in CONVERTED:
+        said = f"converted from {content['__author__']}'s weights, it says: RGB with ImageNet's mean and std"
+        return tensors, {}, [said]
     if len(pixel) == 2:
         facts, source = (
             _pixel_facts(pixel["pixel_mean"], pixel["pixel_std"]),

@@ -57,6 +57,7 @@ HEADS = {
     ),
     # MoCo, SimCLR, BYOL, SimSiam, Barlow Twins, VICReg(L), SupContrast, NNCLR; solo-learn, lightly, pl_bolts
     *("projector", "projection", "projections", "projection_head", "projection_mlp", "proj_head", "mlp"),
+    "projetion",  # sthalles/PyTorch-BYOL
     *("predictor", "prediction", "prediction_head", "prediction_mlp", "contrastive_head", "maps_projector"),
     *(
         "queue",
@@ -96,6 +97,8 @@ HEADS = {
         "class_embed",
         "bbox_embed",
         "query_embed",
+        "query_embedding",
+        "level_embed",
         "input_proj",
     ),
     *(
@@ -107,7 +110,7 @@ HEADS = {
 DILATED = {"decode_head", "aux_classifier", "auxiliary_head"}  # segmenters dilate layer3 and layer4
 STATE = (  # what a training keeps beside its network
     r"optim\w*|\w*schedulers?|(grad_|loss_|amp_)?scaler|amp|\w*rng\w*|criterion|\w*loss(es|_fn)?|metrics?|callbacks|loops|"
-    r"n_averaged|num_updates|steps?|iteration|(train|valid?|test|best)_?(acc|loss|metric|top|f1|auroc|prec)\w*"
+    r"(class|label|loss|pos)_weights?|n_averaged|num_updates|steps?|iteration|(train|valid?|test|best)_?(acc|loss|metric|top|f1|auroc|prec)\w*"
 )
 STATE_DICTS = r"\w*state(_dict)?|model|net|network|weights|params"  # what a state dict is called in a file
 OTHERS = (  # a key that only this family has
@@ -176,7 +179,7 @@ def find_resnet(
     left = [k for k in tensors if k not in bodily and not (roots and k.startswith(roots))]
     twins = [p for p in networks if p not in others]  # the one taken among them
     scope, follow = _scope(prefix, weights), tuple(f"{module}." for module in leave_out)
-    strangers = [k for k in left if k.startswith(scope) and not any(_known(k, p, tensors[k]) for p in twins)]
+    strangers = [k for k in left if k.startswith(scope) and not any(_known(k, p, tensors) for p in twins)]
     strangers = [k for k in strangers if not f"{display(k)}.".startswith(follow)]
     if weights:
         strangers = [k for k in strangers if not re.search(ROLES["ema"], k.lower().replace(".", "_"))]
@@ -271,18 +274,26 @@ def _beyond(key: str, prefix: str) -> tuple[list[str], list[str]]:
     return parts, rest
 
 
-def _known(key: str, prefix: str, tensor: Tensor) -> bool:
+def _known(key: str, prefix: str, tensors: dict[str, Tensor]) -> bool:
     """Whether a tensor left out is a head's, a normaliser's (see `_normaliser`) or a training's state."""
+    tensor = tensors[key]
     parts, rest = _beyond(key, prefix)
-    first = _without_role(parts[0])
-    if first in HEADS or re.fullmatch(STATE, parts[0].lower()):
+    if {parts[0].lower(), _without_role(parts[0])} & HEADS or re.fullmatch(STATE, parts[0].lower()):
         return True
     if parts[-1] in NORMALISERS and tensor.numel() == 3:
         return True
     if rest:  # outside the network
         number = len(parts) == 1 and tensor.numel() <= 1 and re.fullmatch(STATE_DICTS, rest[0])
-        return bool(number) or (first == "bn" and tensor.ndim <= 1)  # Barlow Twins' bn, behind its projector
+        later = parts[0].isdecimal() and rest[0].isdecimal() and int(parts[0]) > int(rest[0])
+        return bool(number) or later or _behind_projector(key, parts, tensors)  # later: of an nn.Sequential
     return parts[0].isdecimal() and int(parts[0]) > 7  # a numbered ResNet's pooling, flattening, classifier
+
+
+def _behind_projector(key: str, parts: list[str], tensors: dict[str, Tensor]) -> bool:
+    """Whether a tensor is of Barlow Twins' `bn`: as wide as what its projector gives."""
+    outer = key.removesuffix(".".join(parts))
+    widths = {v.shape[0] for k, v in tensors.items() if k.startswith(f"{outer}projector.") and v.ndim == 2}
+    return parts[0] == "bn" and (tensors[key].numel() in widths or (bool(widths) and tensors[key].ndim == 0))
 
 
 def _without_role(name: str) -> str:

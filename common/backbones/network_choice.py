@@ -16,7 +16,7 @@ ROLES = {  # what a segment of a network's prefix says of it
     "ema": AVERAGED,
     "student": "student",
     "teacher": "teacher",
-    "query": "encoder_q|query",
+    "query": "encoder_q|query(?!_embed)",
     "key": r"encoder_k|key_encoder",
     "online": "online",
     "target": "target",
