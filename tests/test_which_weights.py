@@ -428,7 +428,7 @@ UNLIKE = {
     "5×5": ("conv1.weight", lambda v: v[..., :5, :5], "first convolution is 5×5"),
     "GroupNorm": ("running_", None, "norms keep no statistics"),
     "no stem": ("conv1.weight", None, "no stem before them"),
-    "sparse": ("layer1.0.conv1.weight", lambda v: v.to_sparse(), "1 sparse, quantised or complex"),
+    "sparse": ("layer1.0.conv1.weight", lambda v: v.to_sparse(), "is a sparse tensor"),
 }
 
 
