@@ -1,8 +1,10 @@
 """Files of checkpoints: every way to write plain weights is read, nothing runs, anything else gets its one line."""
 
+import collections
 import gzip
 import io
 import os
+import pathlib
 import pickle
 import tarfile
 import types
@@ -107,6 +109,13 @@ def test_pickles_of_numpy_arrays(tmp_path, protocol):
             == torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).dtype
         )
         assert np.array_equal(tensors[f"model.{key}"].numpy(), array)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_settings_with_paths_and_defaultdicts(tmp_path, protocol):
+    settings = {"out": pathlib.Path("/a/b"), "state": collections.defaultdict(dict, {"x": 1})}
+    torch.save(settings, tmp_path / "x.pth", pickle_protocol=protocol)
+    assert read_checkpoint(tmp_path / "x.pth") == {"out": "/a/b", "state": {"x": 1}}
 
 
 def test_arrays_of_python_2(tmp_path):

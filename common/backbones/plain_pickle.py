@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -237,6 +237,8 @@ def _table() -> dict[str, Any]:
     table: dict[str, Any] = {
         "collections.OrderedDict": _Function(collections.OrderedDict),
         "collections.Counter": _Function(collections.Counter),
+        "collections.defaultdict": _Function(lambda *_: {}),
+        "pathlib.PosixPath": _Function(lambda *parts: str(PurePosixPath(*parts))),
         "argparse.Namespace": _Namespace,
         "_codecs.encode": _Function(_text_to_bytes),
         "torch.Size": _Function(torch.Size),
@@ -260,7 +262,7 @@ def _table() -> dict[str, Any]:
     for module in ("builtins", "__builtin__"):
         table |= {
             f"{module}.{kind.__name__}": _Function(kind)
-            for kind in (set, frozenset, complex, bytes, bytearray)
+            for kind in (set, frozenset, complex, bytes, bytearray, dict, list, int, float)
         }
     for module in ("numpy.core", "numpy._core"):
         table |= {
