@@ -1,5 +1,6 @@
 """Entry scripts end in one line: places that may not be written, readers that leave, files with a byte order mark."""
 
+import os
 import subprocess
 import sys
 
@@ -57,3 +58,26 @@ def test_unreadable_pictures_of_a_folder_are_left_out_and_named_ones_refused(tmp
     (tmp_path / "good.png").unlink()
     with pytest.raises(UserError, match=r"bad\.jpg: not a readable image"):
         find_pictures([tmp_path])
+
+
+def test_a_user_without_a_home(tmp_path):
+    """Libraries load; the cache folder is asked for in one line, and one that is set is taken."""
+    code = (
+        "import pwd\npwd.getpwuid = lambda number: {}[number]\n"  # posixpath: KeyError for an unknown user
+        "import backbench.common.engine.optim\n"
+        "from backbench.common.base.cache import cache_folder\n"
+        "from backbench.common.base.errors import run_main\n"
+        "run_main(lambda: print(cache_folder('memo')))"
+    )
+    unset = ("HOME", "XDG_CACHE_HOME", "BACKBENCH_CACHE")
+    homeless = {name: value for name, value in os.environ.items() if name not in unset}
+
+    def run(**env: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**homeless, **env}, capture_output=True, text=True
+        )
+
+    lost, found = run(), run(BACKBENCH_CACHE=str(tmp_path))
+    assert lost.returncode == 2 and lost.stderr.count("\n") == 1
+    assert lost.stderr.endswith("set BACKBENCH_CACHE\n")
+    assert found.stdout.strip() == str(tmp_path / "memo"), found.stderr

@@ -15,12 +15,12 @@ from backbench.common.base.locks import locked
 
 def cache_folder(*parts: str) -> Path:
     """A folder below `$BACKBENCH_CACHE` (default `~/.cache/backbench`), created, or UserError."""
-    root = Path(os.environ.get("BACKBENCH_CACHE") or "~/.cache/backbench").expanduser()
-    folder = root.joinpath(*parts)
+    folder = Path(os.environ.get("BACKBENCH_CACHE") or "~/.cache/backbench", *parts)
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise UserError(f"{folder}: cannot make the cache folder ({reason}); set BACKBENCH_CACHE") from None
     return folder
 
