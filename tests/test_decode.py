@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -249,6 +251,13 @@ def test_damaged_metadata_of_a_jpeg(tmp_path, what):
 def test_damaged_metadata_of_a_webp(tmp_path, exif):
     path = picture(tmp_path / "a.webp", lossless=True, exif=exif, xmp=b"\xff<", icc_profile=b"rubbish")
     np.testing.assert_array_equal(still_read(path), read_rgb(picture(tmp_path / "b.webp", lossless=True)))
+
+
+def test_damaged_metadata_says_nothing(tmp_path):
+    path = picture(tmp_path / "a.webp", lossless=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01")
+    code = f"from backbench.common.data.decode import read_rgb; read_rgb({str(path)!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
 
 
 def test_transparency_survives_a_damaged_text(tmp_path):

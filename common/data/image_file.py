@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from PIL import Image
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
+
+# Pillow warns, in two lines without the file's name, of metadata that it cannot read and we do not need
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class DamagedImage(Exception):
