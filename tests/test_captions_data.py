@@ -64,6 +64,10 @@ def test_bad_karpathy_splits(karpathy):
     ):
         with pytest.raises(UserError, match=message):
             open_captions(write() + options)
+    images[2]["split"] = "Train"
+    with pytest.raises(UserError, match=r"images\[2\]: split is 'Train'; expected train, restval, val, test"):
+        open_captions(write())
+    images[2]["split"] = "val"
     images[3]["cocoid"] = 14
     with pytest.raises(UserError, match=r"images\[4\]: image id 14 is doubled"):
         open_captions(write())

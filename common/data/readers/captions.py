@@ -25,6 +25,7 @@ LAYOUT = (
     "train2014/, val2014/ (or one images/) and annotations/captions_train2014.json, captions_val2014.json"
 )
 SUFFIXES = ("2014", "2017", "")
+KARPATHY = ("train", "restval", "val", "test")  # his splits
 
 
 def read_captions(spec: DataSpec) -> tuple[CaptionSet, CaptionSet]:
@@ -162,7 +163,10 @@ def _karpathy_part(
     paths: dict[int, Path] = {}
     for number, image in enumerate(images):
         where = f"{file}: images[{number}]"
-        if json_field(image, "split", str, where) not in splits:
+        split = json_field(image, "split", str, where)
+        if split not in KARPATHY:
+            raise UserError(f"{where}: split is {split!r}; expected {', '.join(KARPATHY)}")
+        if split not in splits:
             continue
         key = json_field(image, "cocoid" if "cocoid" in image else "imgid", int, where)
         if key in paths:
