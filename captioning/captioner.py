@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from backbench.captioning.beam import beam_search
 from backbench.captioning.nic import NIC
 from backbench.captioning.recipes import CaptionRecipe
@@ -16,7 +18,6 @@ from backbench.common.base.errors import UserError
 from backbench.common.base.files import read_json, write_atomic, write_json
 from backbench.common.base.recipe import to_json
 from backbench.common.engine import autocast
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+
 from backbench.captioning.recipes import CaptionRecipe
 from backbench.captioning.vocabulary import PAD, Vocabulary
 from backbench.common.backbones.load import Backbone

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from backbench.captioning.captioner import build_nic, decode, save_captioner
 from backbench.captioning.data import CaptionItems, centre_crops, pooled_features
 from backbench.captioning.nic import NIC

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from backbench.captioning import paraphrases
 from backbench.captioning.java import JavaError, JavaLines, find_jar, find_java, one_line
 from backbench.common.base.cache import cache_folder

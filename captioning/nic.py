@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from backbench.captioning.vocabulary import PAD, START
-from backbench.common.backbones.resnet import Trunk, normalise
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from backbench.captioning.vocabulary import PAD, START
+from backbench.common.backbones.resnet import Trunk, normalise
 
 State = tuple[Tensor, Tensor]
 

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+
 from backbench.captioning.captioner import Captioner, decode, load_captioner
 from backbench.captioning.data import centre_crops
 from backbench.common.base.arguments import Parser
@@ -35,7 +37,6 @@ from backbench.common.base.recipe import override
 from backbench.common.data.decode import read_rgb
 from backbench.common.data.pictures import find_pictures, picture_names, write_jpeg
 from backbench.common.engine import pick_device
-from PIL import Image, ImageDraw, ImageFont
 
 
 def main(argv: list[str] | None = None) -> int:

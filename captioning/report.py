@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from backbench.common.base.files import make_folder
 from backbench.common.data.decode import read_rgb
 from backbench.common.data.pictures import shrink, write_jpeg

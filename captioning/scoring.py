@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+
 from backbench.captioning.java import JavaError, find_java
 from backbench.captioning.meteor import Meteor
 from backbench.captioning.spice import Spice

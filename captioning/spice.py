@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+
 from backbench.captioning.java import JavaError, find_java, one_line
 from backbench.common.base.errors import UserError
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+
 from backbench.common.data.types import DetectionSet
 from backbench.common.engine import SPLIT, stream
 from backbench.common.metrics import coco

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+
 from backbench.common.metrics.average_precision import precision_recall
 
 AT = np.linspace(0.0, 1.0, 101)

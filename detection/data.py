@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.progress import progress
 from backbench.common.data.decode import read_rgb
@@ -15,7 +17,6 @@ from backbench.common.data.types import DetectionSet
 from backbench.detection.augment import frcnn_view, ssd_view
 from backbench.detection.recipes import DetectionRecipe, FasterRCNNRecipe, SSDRecipe
 from backbench.detection.scores import truth_of
-from torch import Tensor
 
 IN_MEMORY = 2**30  # bytes of decoded images that are kept
 READERS = 4  # threads that decode

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from backbench.common.base.progress import progress
 from backbench.common.data.decode import read_rgb
 from backbench.common.data.types import DetectionSet
@@ -14,7 +16,6 @@ from backbench.detection.data import read_ahead
 from backbench.detection.faster_rcnn import FasterRCNN, need_finite
 from backbench.detection.recipes import FasterRCNNRecipe, SSDRecipe
 from backbench.detection.ssd import SSD300, detect
-from torch import Tensor
 
 SIDE = 300
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from backbench.common.base.arguments import Parser
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.files import write_json

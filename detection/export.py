@@ -27,13 +27,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from backbench.common.base.arguments import Parser
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.files import make_folder, write_atomic
 from backbench.detection.build import load_detector
 from backbench.detection.matching import decode
 from backbench.detection.ssd import SSD300
-from torch import Tensor, nn
 
 
 class Raw(nn.Module):

@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from backbench.common.backbones.resnet import Trunk, normalise
-from backbench.common.base.errors import UserError
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -21,6 +19,9 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from backbench.common.backbones.resnet import Trunk, normalise
+from backbench.common.base.errors import UserError
 
 RATIOS = (0.5, 1.0, 2.0)
 STAGES = ("layer1", "layer2", "layer3", "layer4")

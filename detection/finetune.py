@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.recipe import describe, engine_options, override
@@ -39,7 +41,6 @@ from backbench.detection.report import finish
 from backbench.detection.results import write_results
 from backbench.detection.scores import cell_statistics, percent, scores
 from backbench.detection.ssd import SSD300, ssd_loss
-from torch import Tensor, nn
 
 TASK = "detection"
 

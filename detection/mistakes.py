@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
 from backbench.common.data.decode import read_rgb
 from backbench.common.data.pictures import write_jpeg
 from backbench.common.data.types import DetectionSet
@@ -27,7 +29,6 @@ from backbench.common.metrics.average_precision import (
     ranked,
     rescore,
 )
-from PIL import Image, ImageDraw, ImageFont
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
 KINDS = ("localisation", "confusion", "background", "duplicate", "missed")

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
 from backbench.common.base.arguments import Parser
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.files import make_folder, write_json
@@ -35,7 +37,6 @@ from backbench.common.data.types import DetectionSet
 from backbench.common.engine import pick_device
 from backbench.detection.build import load_detector
 from backbench.detection.detect import predict
-from PIL import Image, ImageDraw, ImageFont
 
 
 def main(argv: list[str] | None = None) -> int:

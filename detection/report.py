@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from backbench.common.base.files import write_text
 from backbench.common.data.types import DetectionSet
 from backbench.common.metrics import coco

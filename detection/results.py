@@ -8,6 +8,7 @@ from pathlib import Path
 from string import digits
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import read_json, write_text
 from backbench.common.data.layout import found, is_data, json_id, read_lines

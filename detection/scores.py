@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from backbench.common.data.types import DetectionSet
 from backbench.common.metrics import coco, rescore
 from backbench.common.metrics.average_precision import RIGHT, Boxes, class_ap, match, ranked

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from backbench.common.backbones.resnet import Trunk, normalise
-from backbench.detection.matching import MAPS, RATIOS, decode, hard_negatives, match_priors, ssd300_priors
 from torch import Tensor, nn
 from torchvision.ops import nms as suppress
+
+from backbench.common.backbones.resnet import Trunk, normalise
+from backbench.detection.matching import MAPS, RATIOS, decode, hard_negatives, match_priors, ssd300_priors
 
 EXTRAS = ((256, 512, 2), (128, 256, 2), (128, 256, 1), (128, 256, 1))  # 1×1 width, 3×3 width, stride
 

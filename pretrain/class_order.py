@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest, read_json
 from backbench.common.data.layout import read_lines
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
 
 NAMED = ("data", "lexicographic", "numeric")
 # what trainers call the names of their classes in a checkpoint or beside it

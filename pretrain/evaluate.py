@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
+
 from backbench.common.backbones.checkpoint import read_checkpoint
 from backbench.common.backbones.load import Backbone, load_classifier
 from backbench.common.base.arguments import Parser, whole
@@ -42,7 +44,6 @@ from backbench.pretrain.class_order import check_order, class_order_argument, ma
 from backbench.pretrain.networks import NETWORKS, load_network
 from backbench.pretrain.recipes import RECIPES
 from backbench.pretrain.report import evaluate, finish
-from torch import nn
 
 
 def main(argv: list[str] | None = None) -> int:

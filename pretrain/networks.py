@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backbench.common.backbones.load import read_backbone_file
-from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk
-from backbench.common.base.errors import UserError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
+
+from backbench.common.backbones.load import read_backbone_file
+from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk
+from backbench.common.base.errors import UserError
 
 EXPANSION = 4  # output channels of a bottleneck by those of its 3×3
 

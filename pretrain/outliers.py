@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest, user_path
 from backbench.common.data import open_classification, parse_data

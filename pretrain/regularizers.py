@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import stochastic_depth
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.recipe import knob
 from backbench.common.classify.feature_mixing import plain_network
 from backbench.common.classify.mixing import ALL_METHODS, REGULARIZERS, parse_method
 from backbench.common.classify.step import ClassifyRecipe
 from backbench.common.engine.loop import Step
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.ops import stochastic_depth
 
 BLOCK_STAGES = ("layer1", "layer2", "layer3", "layer4")  # a CIFAR network has no layer4
 

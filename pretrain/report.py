@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from backbench.common.base.errors import UserError
 from backbench.common.engine import SPLIT, stream
 from backbench.common.metrics import rescore

@@ -33,6 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.base.arguments import Parser, whole
 from backbench.common.base.errors import UserError, run_main
@@ -51,7 +53,6 @@ from backbench.pretrain.evaluate import as_backbone, load
 from backbench.pretrain.outliers import NOISE, PAPER, Outliers, open_outliers
 from backbench.pretrain.recipes import ROBUSTNESS, TESTS, RobustnessRecipe
 from backbench.pretrain.robustness_report import PRIMARY, finish
-from torch import nn
 
 # the first stage of a test that uses the labels
 LABELLED = {"fgsm": "predict", "occlusion": "score", "between": "score"}

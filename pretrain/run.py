@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from backbench.common.backbones.load import save_backbone
 from backbench.common.backbones.resnet import ARCHS
 from backbench.common.base.errors import UserError, run_main
@@ -44,7 +46,6 @@ from backbench.pretrain.networks import ALL_ARCHS, build
 from backbench.pretrain.recipes import RECIPES, PretrainRecipe
 from backbench.pretrain.regularizers import fold, install
 from backbench.pretrain.report import evaluate, finish
-from torch import Tensor, nn
 
 
 def main(argv: list[str] | None = None) -> int:

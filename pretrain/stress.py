@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.progress import progress
 from backbench.common.engine import SPLIT, autocast, stream
 from backbench.pretrain.recipes import RobustnessRecipe
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 Classifier = Callable[[Tensor], Tensor]  # pixels → logits float32 (N, C)
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from backbench.pretrain.outliers import Outliers
 from backbench.pretrain.recipes import RobustnessRecipe
 from backbench.pretrain.stress import Classifier, central_hole, fgsm, hole_sides, to_pixels
-from torch import Tensor
 
 ACROSS = 8
 

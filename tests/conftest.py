@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from backbench.common.base.errors import UserError
 from PIL import Image
+
+from backbench.common.base.errors import UserError
 
 pytest.register_assert_rewrite("shapes", "synthetic_cells", "planned_cells")  # they hold fixtures
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from backbench.common.backbones.load import load_backbone, save_backbone
 from backbench.common.backbones.resnet import Classifier
 from backbench.common.base.files import write_json

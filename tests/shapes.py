@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from backbench.common.backbones.load import save_backbone
 from backbench.common.backbones.resnet import Classifier, Trunk
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.base.files import write_json, write_npz
 from backbench.common.base.recipe import Recipe

@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from backbench.common.backbones.input_check import READINGS, adoption_report, bn_distances, measure
 from backbench.common.backbones.load import Backbone, body_fingerprint, load_backbone, save_backbone
 from backbench.common.backbones.resnet import Classifier, Trunk, normalise
@@ -13,7 +15,6 @@ from backbench.common.base.errors import UserError
 from backbench.common.data import open_classification
 from backbench.common.data.decode import Fit
 from backbench.common.data.types import CaptionSet
-from torch import nn
 
 CPU = torch.device("cpu")
 SIZE = 48

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+
 from backbench.common.cli.main import arguments as backbench
 
 COMMANDS = {

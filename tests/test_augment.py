@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from backbench.detection import augment
 from torchvision.ops import box_iou
+
+from backbench.detection import augment
 
 
 def square_image(box, width=400, height=300):

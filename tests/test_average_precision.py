@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from backbench.common.metrics.average_precision import (
     IGNORED,
     PRESETS,

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import nn
+
 from backbench.common.backbones.load import (
     IMAGENET_MEAN,
     body_fingerprint,
@@ -20,7 +22,6 @@ from backbench.common.backbones.load import (
 )
 from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk, normalise
 from backbench.common.base.errors import UserError
-from torch import nn
 
 COUNTS = {
     "resnet50": 25_557_032,

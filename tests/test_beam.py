@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from backbench.captioning.beam import Beam, beam_search
 from backbench.captioning.nic import NIC
 from backbench.captioning.vocabulary import END, PAD, START, UNK, Vocabulary

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_caption_metrics import some_captions
+
 from backbench.captioning.evaluate import main as evaluate
 from backbench.common.base.errors import UserError
 from backbench.common.metrics import captions as metrics
-from test_caption_metrics import some_captions
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+
 from backbench.common.metrics import captions as metrics
 
 WORDS = [

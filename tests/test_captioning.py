@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from backbench.captioning.vocabulary import END, START, UNK, build_vocabulary, load_vocabulary, words_of
 from backbench.common.backbones.load import save_backbone
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,8 +154,9 @@ def test_finetune_learns_colours_and_goes_on_after_a_kill(coco, tmp_path, quiet,
 
 def check_predict(coco: Path, folder: Path, predictions: list, tmp_path: Path, capsys) -> None:
     """predict.py says of the test images what the run said of them, from the run folder alone."""
-    from backbench.captioning.predict import main
     from PIL import Image
+
+    from backbench.captioning.predict import main
 
     pictures = sorted((coco / "images").glob("val*.png"))
     fixed = ["--run", str(folder), *map(str, pictures), "--device", "cpu"]

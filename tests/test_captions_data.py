@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from backbench.common.base.errors import UserError
 
 
@@ -122,8 +123,9 @@ def test_image_ids_of_any_size(karpathy):
 
 
 def test_coco_of_two_years(tmp_path):
-    from backbench.common.data import open_captions
     from PIL import Image
+
+    from backbench.common.data import open_captions
 
     (tmp_path / "annotations").mkdir()
     for year, key in (("2014", 1), ("2017", 2)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+
 from backbench.common.backbones.load import load_backbone
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import file_digest, write_atomic, write_json, write_npz

@@ -16,9 +16,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from backbench.common.backbones.checkpoint import read_checkpoint, tensors_of
 from backbench.common.base.errors import UserError
-from torch import nn
 
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
+
 from backbench.common.base.errors import UserError
 from backbench.common.data import open_classification, open_detection, parse_data
 from backbench.common.data.readers.cifar import BATCHES
-from torchvision import datasets
 
 NAMES = {"cifar10": [f"class{n}" for n in range(10)], "cifar100": [f"fine{n}" for n in range(100)]}
 

@@ -7,14 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD
-from backbench.common.base.files import read_json
-from backbench.pretrain import class_order, evaluate, robustness
-from backbench.pretrain.class_order import ClassOrder, better_order, match_classes, read_class_names
 from conftest import fails, write_class_folders
 from PIL import Image
 from torchvision.models import resnet18
 from torchvision.transforms import v2
+
+from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD
+from backbench.common.base.files import read_json
+from backbench.pretrain import class_order, evaluate, robustness
+from backbench.pretrain.class_order import ClassOrder, better_order, match_classes, read_class_names
 
 NUMBERS = tuple(map(str, range(12)))
 SMALL = ["--set", "size=32", "--set", "resize=32"]

@@ -6,6 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
 from backbench.common.base.errors import UserError
 from backbench.common.data import open_detection
 from backbench.common.data.layout import Report, json_id
@@ -13,9 +17,6 @@ from backbench.common.data.objects import frames
 from backbench.common.data.readers.coco import read_instances
 from backbench.common.metrics import coco
 from backbench.common.metrics.average_precision import Boxes
-from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 
 def oracle(found, truth, images, classes, repeats=None):

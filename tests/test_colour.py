@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from backbench.common.data.colour import EIGENVALUES, EIGENVECTORS, colour_jitter, lighting
 from torchvision.transforms import functional as F
+
+from backbench.common.data.colour import EIGENVALUES, EIGENVECTORS, colour_jitter, lighting
 
 
 class Fixed:

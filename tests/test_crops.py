@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
+from torchvision.transforms import functional as F
+
 from backbench.common.base.errors import UserError
 from backbench.common.classify import crops
 from backbench.common.classify.crops import CropRecipe, TrainImages, crop_box, random_resized_crop
 from backbench.common.data import decode, open_classification, short_sides
 from backbench.common.data.decode import read_rgb, resize, resize_short
 from backbench.common.data.types import ImageSet
-from PIL import Image, ImageOps
-from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
-from torchvision.transforms import functional as F
 
 SIZES = [(50, 40), (90, 70), (64, 96), (37, 41), (120, 30)]  # width, height
 RECIPE = CropRecipe(epochs=1.0, size=24, resize=32)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import fails, picture
+from test_voc import one_folder
+
 from backbench.common.data import (
     open_captions,
     open_classification,
@@ -16,8 +19,6 @@ from backbench.common.data import (
 )
 from backbench.common.data.check import check_images
 from backbench.common.data.fingerprint import content_digest
-from conftest import fails, picture
-from test_voc import one_folder
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import fails, picture
+from test_wsol_data import WNIDS, ilsvrc, tiny_imagenet, write_xml
+
 from backbench.common.data import open_classification, open_localisation
 from backbench.common.data.pictures import find_pictures
 from backbench.common.grid.facts import _tree
 from backbench.detection.results import image_index, read_voc_results
 from backbench.pretrain.outliers import open_outliers
 from backbench.wsol.evaluate import mask_files
-from conftest import fails, picture
-from test_wsol_data import WNIDS, ilsvrc, tiny_imagenet, write_xml
 
 FOLDERS = (".ipynb_checkpoints", ".thumbs", "@eaDir", "__MACOSX", "$RECYCLE.BIN")
 FILES = ("._a.jpg", ".hidden.jpg", "Thumbs.db", ".DS_Store", "desktop.ini")

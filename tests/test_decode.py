@@ -12,6 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import fails, picture
+from PIL import Image
+
 from backbench.common.data.check import check_images
 from backbench.common.data.decode import (
     Fit,
@@ -23,8 +26,6 @@ from backbench.common.data.decode import (
     resize_short,
 )
 from backbench.common.data.thumbnails import read_thumbnails, write_thumbnails
-from conftest import fails, picture
-from PIL import Image
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from shapes import MEAN, finetune_args
+from torch import nn
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.backbones.resnet import Trunk
 from backbench.common.base.errors import UserError
@@ -18,8 +21,6 @@ from backbench.detection import finetune
 from backbench.detection.build import load_detector
 from backbench.detection.data import TrainViews, class_notes
 from backbench.detection.recipes import RECIPES
-from shapes import MEAN, finetune_args
-from torch import nn
 
 pytest_plugins = ["shapes"]  # its fixtures
 SMOKE_SSD, SMOKE_FRCNN = RECIPES["ssd300"]["smoke"], RECIPES["faster_rcnn"]["smoke"]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from backbench.common.data.types import DetectionSet
 from backbench.common.engine import SPLIT, stream
 from backbench.common.metrics.average_precision import Boxes

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.backbones.resnet import Trunk, normalise
 from backbench.common.base.errors import UserError

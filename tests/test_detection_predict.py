@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from shapes import MEAN, STD, finetune_args
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.backbones.resnet import Trunk
 from backbench.common.base.errors import UserError
@@ -17,8 +20,6 @@ from backbench.detection.build import load_detector, make_model, write_facts
 from backbench.detection.detect import predict
 from backbench.detection.faster_rcnn import FasterRCNN
 from backbench.detection.recipes import RECIPES
-from PIL import Image
-from shapes import MEAN, STD, finetune_args
 
 pytest_plugins = ["shapes"]  # its fixtures
 

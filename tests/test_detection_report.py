@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
 from backbench.common.base.errors import UserError
 from backbench.common.data.decode import read_rgb
 from backbench.common.data.types import DetectionSet
@@ -22,9 +26,6 @@ from backbench.detection import evaluate, report, scores
 from backbench.detection.mistakes import KINDS, count_mistakes, draw_mistakes, find_mistakes, surest
 from backbench.detection.recipes import RECIPES
 from backbench.detection.results import read_results, write_results
-from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 CATEGORIES = [3, 7, 90]
 ROOT = Path(__file__).resolve().parents[1]

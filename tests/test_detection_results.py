@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from backbench.common.base.errors import UserError
 from backbench.common.data import open_detection
 from backbench.common.metrics.average_precision import Boxes

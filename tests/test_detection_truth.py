@@ -6,15 +6,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
+from shapes import finetune_args
+from test_average_precision import loop_ap
+
 from backbench.common.base.errors import UserError
 from backbench.common.data import open_detection
 from backbench.common.metrics.average_precision import Boxes
 from backbench.detection import evaluate, finetune, report, scores
 from backbench.detection.data import class_notes
 from backbench.detection.mistakes import draw_mistakes, find_mistakes
-from PIL import Image
-from shapes import finetune_args
-from test_average_precision import loop_ap
 
 pytest_plugins = ["shapes"]  # its fixtures
 

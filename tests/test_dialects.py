@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torchvision
+from torch import nn
+
 from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD, load_backbone, load_classifier
 from backbench.common.backbones.resnet import Trunk
 from backbench.common.base.errors import UserError
-from torch import nn
 
 CAFFE_STD = (1 / 255,) * 3
 

@@ -11,6 +11,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.progress import progress
 from backbench.common.base.recipe import Recipe, override, parser
@@ -20,7 +22,6 @@ from backbench.common.engine.loader import MicroBatches, Positions, make_loader
 from backbench.common.engine.optim import make_optimizer, make_schedulers, wrap
 from backbench.common.engine.state import Log
 from backbench.common.engine.streams import SAMPLE, STEP, Order, StepStreams, Streams, stream, torch_seed
-from torch import nn
 
 
 class Points:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbench.common.base.errors import UserError
-from backbench.common.engine import read_log, train
 from conftest import PATIENCE, wait_until
 from test_engine import RECIPE as ADAM
 from test_engine import Points, Stop, dying, evaluate, network, step
 from test_engine import run as run_any
+
+from backbench.common.base.errors import UserError
+from backbench.common.engine import read_log, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # Adam would blow up the rounding that is all the gradient of a bias ahead of batch norm

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.files import read_json, write_json
 from backbench.common.data.pictures import find_pictures

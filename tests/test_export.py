@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
 from backbench.common.backbones.export import export
 from backbench.common.backbones.load import body_fingerprint, load_backbone, load_classifier, save_backbone
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.cli.main import _main
 from backbench.pretrain import evaluate
-from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 

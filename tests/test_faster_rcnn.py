@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from backbench.common.backbones.resnet import Trunk, normalise
-from backbench.detection.faster_rcnn import FasterRCNN, parameter_groups, synchronise_batch_norm
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.ops import MultiScaleRoIAlign
+
+from backbench.common.backbones.resnet import Trunk, normalise
+from backbench.detection.faster_rcnn import FasterRCNN, parameter_groups, synchronise_batch_norm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FRCNN = {"anchors": (32, 64), "roi_size": 5, "rpn_batch": 32, "roi_batch": 16, "top": 20, "score": 0.05}

@@ -3,6 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.classify.feature_mixing import StageMixer, plain_network
@@ -16,11 +22,6 @@ from backbench.common.classify.mixing import (
     mix,
 )
 from backbench.common.classify.step import ClassifyRecipe, make_step
-from torch import nn
-from torch._dynamo.testing import CompileCounter
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
 

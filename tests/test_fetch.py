@@ -9,11 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_cifar import write_cifar
+
 from backbench.common.base.errors import UserError
 from backbench.common.cli import main as cli
 from backbench.common.data import fetch as module
 from backbench.common.data.fetch import BY_HAND, Source, download, fetch, sources, unpack
-from test_cifar import write_cifar
 
 
 class Server(http.server.ThreadingHTTPServer):

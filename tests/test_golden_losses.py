@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+
 from backbench.common.engine import read_log
 
 STEPS = (

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, wait_until
+
 from backbench.common.grid.local import places, run_jobs, visible_gpus
 from backbench.common.grid.plan import Job
 from backbench.common.grid.plan_file import jobs_to_json
 from backbench.common.grid.records import may_retry, read_record
 from backbench.common.run.keys import ROOT
-from conftest import PATIENCE, wait_until
 
 FAKE = """
 import json, os, signal, sys, time

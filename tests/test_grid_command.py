@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import file_digest
 from backbench.common.board.cells import load_cells
 from backbench.common.grid import rerun
 from backbench.common.run.keys import ROOT
-from conftest import PATIENCE
 
 
 @pytest.fixture(scope="module")

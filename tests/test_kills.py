@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from backbench.common.engine import read_log
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
+from synthetic_cells import MODELS, SKILL, N, backbone, row_named, write_cell
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import read_json, write_json
 from backbench.common.base.recipe import Recipe
@@ -23,8 +26,6 @@ from backbench.common.cli.main import _main
 from backbench.common.metrics import captions, rescore
 from backbench.common.report.table import board_csv, board_json, board_markdown, board_text, make_board
 from backbench.common.report.writing import board_latex, methods, methods_latex, methods_markdown
-from conftest import PATIENCE
-from synthetic_cells import MODELS, SKILL, N, backbone, row_named, write_cell
 
 pytest_plugins = ["synthetic_cells"]  # its fixtures
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from backbench.common.metrics import classification, localisation
 from torchvision.ops import box_iou
+
+from backbench.common.metrics import classification, localisation
 
 
 def random_boxes(rng, n, side=20):

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from backbench.common.base.locks import holder, lock, locked
 from filelock import Timeout, UnixFileLock
+
+from backbench.common.base.locks import holder, lock, locked
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
+from test_caption_metrics import some_captions
+
 from backbench.captioning import java, meteor, paraphrases
 from backbench.captioning.java import JavaError, JavaLines, find_java, one_line
 from backbench.captioning.meteor import Meteor
@@ -16,8 +19,6 @@ from backbench.captioning.spice import Spice
 from backbench.captioning.tokenizer import Tokenizer, tokenize_plain
 from backbench.common.base.errors import UserError
 from backbench.common.metrics import captions as metrics
-from conftest import PATIENCE
-from test_caption_metrics import some_captions
 
 RAW = [
     "A man's dog (brown) isn't here, is it?",

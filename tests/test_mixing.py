@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
 from backbench.common.base.errors import UserError
 from backbench.common.classify.mixing import (
     ALL_METHODS,
@@ -22,8 +25,6 @@ from backbench.common.classify.mixing import (
     one_hot,
     parse_method,
 )
-from torch.nn import functional as F
-from torchvision.transforms import v2
 
 
 def boxes(width, height, draws, alpha=1.0, seed=0):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from backbench.common.backbones.load import load_backbone, save_backbone
 from backbench.common.base.errors import UserError
 from backbench.pretrain.networks import ALL_ARCHS, NETWORKS, CifarResNet, PyramidNet, build, load_network
-from torch.nn import functional as F
 
 
 @pytest.mark.parametrize(

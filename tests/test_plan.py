@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import fails
+from planned_cells import save, smoke
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import fitting_name, write_json
 from backbench.common.cli.commands import grid_of_arguments
@@ -22,8 +25,6 @@ from backbench.common.grid.plan import (
 )
 from backbench.common.grid.plan_file import jobs_of_json, jobs_to_json
 from backbench.common.run.cell import Identity
-from conftest import fails
-from planned_cells import save, smoke
 
 pytest_plugins = ["planned_cells"]  # its fixtures
 

@@ -8,6 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from shapes import finetune_args
+from test_captioning import command as captions_command
+from test_captioning import write_walls
+from test_cell import RECIPE, complete, opened
+from test_wsol import arguments as wsol_arguments
+from test_wsol import write_cub
+
 from backbench.captioning import finetune as captions
 from backbench.captioning.data import pooled_features
 from backbench.captioning.recipes import RECIPES as CAPTIONS
@@ -21,12 +28,6 @@ from backbench.detection import finetune as detection
 from backbench.pretrain import evaluate, robustness, run
 from backbench.pretrain.recipes import ROBUSTNESS
 from backbench.wsol import finetune as wsol
-from shapes import finetune_args
-from test_captioning import command as captions_command
-from test_captioning import write_walls
-from test_cell import RECIPE, complete, opened
-from test_wsol import arguments as wsol_arguments
-from test_wsol import write_cub
 
 pytest_plugins = ["shapes"]  # its fixtures
 

@@ -8,6 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_class_folders
+from PIL import Image
+from test_cifar import write_cifar
+from torchvision.models import resnet18
+from torchvision.transforms import RandomResizedCrop, v2
+
 from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD, load_backbone, load_classifier
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.classify.crops import random_resized_crop
@@ -16,11 +22,6 @@ from backbench.common.data.types import ImageSet
 from backbench.pretrain import evaluate, report
 from backbench.pretrain.class_order import match_classes
 from backbench.pretrain.run import main
-from conftest import write_class_folders
-from PIL import Image
-from test_cifar import write_cifar
-from torchvision.models import resnet18
-from torchvision.transforms import RandomResizedCrop, v2
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--recipe", "smoke", "--set", "iterations=4"]

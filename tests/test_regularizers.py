@@ -6,6 +6,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import drop_block2d, stochastic_depth
+
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.classify.step import ClassifyRecipe, make_step
@@ -22,10 +27,6 @@ from backbench.pretrain.regularizers import (
     residual_blocks,
     shakedrop,
 )
-from torch import nn
-from torch._dynamo.testing import CompileCounter
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import drop_block2d, stochastic_depth
 
 
 def recipe(method, **fields):

@@ -5,13 +5,14 @@ from html.parser import HTMLParser
 
 import cv2
 import numpy as np
+from synthetic_cells import backbone, write_cell
+
 from backbench.common.board.cells import load_cells
 from backbench.common.data.thumbnails import read_truth, write_thumbnails
 from backbench.common.report import charts
 from backbench.common.report.gallery import DISAGREED, DRAWN, choose, gallery, quality
 from backbench.common.report.html import write_report
 from backbench.common.report.table import make_board
-from synthetic_cells import backbone, write_cell
 
 pytest_plugins = ["synthetic_cells"]  # its fixtures
 

@@ -3,8 +3,9 @@
 import os
 
 import pytest
-from backbench.common.report.html import write_report
 from browser import Browser, find_chromium
+
+from backbench.common.report.html import write_report
 
 pytest_plugins = ["synthetic_cells"]  # its fixtures
 

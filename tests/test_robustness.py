@@ -8,6 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_class_folders
+from test_cifar import write_cifar
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
 from backbench.common.base.errors import UserError
 from backbench.common.board.cells import load_cells
 from backbench.common.board.leaderboard import make_board
@@ -18,10 +23,6 @@ from backbench.common.report.writing import methods_markdown
 from backbench.pretrain import evaluate, robustness, run, stress
 from backbench.pretrain.outliers import open_outliers
 from backbench.pretrain.recipes import ROBUSTNESS, RobustnessRecipe
-from conftest import write_class_folders
-from test_cifar import write_cifar
-from torch.nn import functional as F
-from torchvision.models import resnet18
 
 CPU = torch.device("cpu")
 NEUTRAL = (0.0,) * 3, (1.0,) * 3  # mean and deviation that change nothing

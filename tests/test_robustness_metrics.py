@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm
+
 from backbench.common.board.paper import METHODS, OOD_MEAN, OOD_METRICS, OOD_SETS, reference
 from backbench.common.metrics import ood, rescore
 from backbench.common.metrics.robustness import pair_mean
 from backbench.pretrain import stress
 from backbench.pretrain.outliers import PAPER
 from backbench.pretrain.robustness_report import RATES, roc_curves, statistics
-from scipy.stats import norm
 
 
 def plain_ood(inside, outside):

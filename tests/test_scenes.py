@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import file_digest
 from backbench.common.data.scenes import VERSION, World, ensure_world
@@ -21,7 +23,6 @@ from backbench.common.data.scenes.draw import COLOURS, SETTINGS, Scene, Thing, p
 from backbench.common.data.scenes.grammar import PLACES
 from backbench.common.data.scenes.shapes import CLASSES, KINDS, REACH
 from backbench.common.data.scenes.write import SIZES, caption_scene, difficult, portrait_scene, voc_scene
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = SIZES["smoke"]

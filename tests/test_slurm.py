@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, wait_until
+
 from backbench.common.base.errors import UserError
 from backbench.common.grid import slurm
 from backbench.common.grid.facts import Facts
@@ -22,7 +24,6 @@ from backbench.common.grid.plan_file import jobs_to_json
 from backbench.common.grid.records import read_record
 from backbench.common.grid.status import look_at
 from backbench.common.run.keys import ROOT
-from conftest import PATIENCE, wait_until
 
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol")
 DRIVER = """

@@ -3,6 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchvision.models import resnet50
+from torchvision.models.detection._utils import SSDMatcher
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSD as TorchvisionSSD
+from torchvision.models.detection.ssd import SSDHead
+from torchvision.ops import batched_nms, box_iou
+
 from backbench.common.backbones.resnet import Trunk
 from backbench.detection.matching import (
     _overlaps,
@@ -14,14 +23,6 @@ from backbench.detection.matching import (
     ssd300_priors,
 )
 from backbench.detection.ssd import SSD300, detect, ssd_loss
-from torch import nn
-from torchvision.models import resnet50
-from torchvision.models.detection._utils import SSDMatcher
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.ssd import SSD as TorchvisionSSD
-from torchvision.models.detection.ssd import SSDHead
-from torchvision.ops import batched_nms, box_iou
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
+
 from backbench.common.board.ranks import draws as rank_draws
 from backbench.common.board.ranks import kendall, make_noise, make_ranks
 from backbench.common.board.statistics import POWER, Spread, Term, difference, draw_weights, holm, score
 from backbench.common.board.strata import CHECKPOINT, IMAGES, METHOD, Rest, Sample, components, level
 from backbench.common.report.table import half_width
-from scipy.special import stdtrit
 
 
 def test_draws_are_counts_that_do_not_depend_on_who_asks():

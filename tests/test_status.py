@@ -9,6 +9,8 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+from planned_cells import finish, look, save
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import read_json, write_json
 from backbench.common.cli.commands import status, to_run
@@ -27,7 +29,6 @@ from backbench.common.grid.plan_file import plan_file, write_plan
 from backbench.common.grid.records import record_file, write_record
 from backbench.common.grid.status import Status, status_lines, summary_line
 from backbench.common.run.keys import ROOT, stage_keys
-from planned_cells import finish, look, save
 
 pytest_plugins = ["planned_cells"]  # its fixtures
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fails
+
 from backbench.common.engine import pick_device, torchrun
 from backbench.common.engine.torchrun import Launch, join, launch
-from conftest import fails
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}

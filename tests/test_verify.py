@@ -5,16 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import write_class_folders
+from PIL import Image
+from test_cifar import write_cifar
+from test_wsol_data import WNIDS, ilsvrc, tiny_imagenet, write_xml
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import write_json
 from backbench.common.cli import main as cli
 from backbench.common.data import published
 from backbench.common.data.scenes import ensure_world
 from backbench.common.data.verify import verify
-from conftest import write_class_folders
-from PIL import Image
-from test_cifar import write_cifar
-from test_wsol_data import WNIDS, ilsvrc, tiny_imagenet, write_xml
 
 
 @pytest.fixture(scope="module")

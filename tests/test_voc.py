@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import fails, picture
+from PIL import Image
+
 from backbench.common.data import open_detection
 from backbench.common.data.decode import read_rgb
 from backbench.common.data.readers.voc import VOC_CLASSES
-from conftest import fails, picture
-from PIL import Image
 
 
 @pytest.fixture(autouse=True)

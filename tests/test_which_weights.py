@@ -4,11 +4,12 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch import nn
+
 from backbench.common.backbones.load import body_fingerprint, load_backbone, load_classifier, save_backbone
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import file_and_choice
-from torch import nn
 
 
 @pytest.fixture(scope="module")

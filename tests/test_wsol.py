@@ -7,6 +7,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.base.recipe import override
@@ -16,8 +19,6 @@ from backbench.common.metrics import rescore
 from backbench.wsol import boxes, cam, evaluate, finetune
 from backbench.wsol.recipes import PAPER, PAPER_IMAGENET, RECIPES
 from backbench.wsol.report import choose_threshold, statistics
-from torch import nn
-from torch.nn import functional as F
 
 
 @pytest.mark.parametrize("arch", ["resnet18_half", "resnet50"])

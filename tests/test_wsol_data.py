@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from backbench.common.base.errors import UserError
 from backbench.common.data import open_classification, open_localisation
-from PIL import Image
 
 WNIDS = ("n01440764", "n01443537")
 

@@ -9,6 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_wsol import arguments, folder_of, write_boxes, write_cub
+
 from backbench.common.backbones.load import save_backbone
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
@@ -19,8 +22,6 @@ from backbench.common.metrics.localisation import iou, pack_right, shuffled_chan
 from backbench.wsol import cam, choe2020, evaluate, finetune, pictures, predict
 from backbench.wsol.model import load_predictor
 from backbench.wsol.recipes import RECIPES
-from PIL import Image
-from test_wsol import arguments, folder_of, write_boxes, write_cub
 
 
 def naive_boxes(scaled):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from backbench.common.backbones.resnet import Classifier
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import write_npz
-from torch import Tensor
-from torch.nn import functional as F
 
 
 def class_maps(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:

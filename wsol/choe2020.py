@@ -19,6 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+
 from backbench.common.data.decode import threaded
 from backbench.common.metrics.localisation import (
     BOX_IOUS,

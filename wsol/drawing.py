@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from backbench.common.data.types import ImageSet
 from backbench.wsol.pictures import GREEN, RED, captioned, draw_boxes, fitted, overlay, save_picture, sheet
 

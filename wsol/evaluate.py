@@ -26,6 +26,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+
 from backbench.common.base.arguments import Parser, whole
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.files import make_folder, write_json

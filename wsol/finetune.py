@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+
 from backbench.common.backbones.load import Backbone, load_backbone
 from backbench.common.backbones.resnet import Classifier, normalise
 from backbench.common.base.errors import UserError, run_main

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk, normalise
 from backbench.common.base.errors import UserError
@@ -14,7 +16,6 @@ from backbench.common.data.decode import centre_crop, resize
 from backbench.common.run.cell import Run
 from backbench.wsol.boxes import crop_window
 from backbench.wsol.cam import class_maps
-from torch import Tensor
 
 FORMAT = 1
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import write_atomic
-from PIL import Image, ImageDraw, ImageFont
 
 RED, GREEN = (230, 30, 30), (40, 220, 60)  # true box, found box: the paper's figure 4
 PAPER = 255  # background of a sheet

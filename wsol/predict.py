@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from backbench.common.base.arguments import Parser, whole
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.files import make_folder, write_json

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from backbench.common.base.files import write_text
 from backbench.common.data.types import ImageSet
 from backbench.common.engine import SPLIT, stream

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from backbench.common.backbones.file_kind import is_safetensors, refuse_foreign
 from backbench.common.backbones.plain_pickle import Array, OddTensor, RefusedName, read_plain
 from backbench.common.base.errors import UserError
-from torch import Tensor
 
 ODD = {  # tensors that no network here can take, and what to do
     "meta": "it has no values: save the network after its weights are loaded",

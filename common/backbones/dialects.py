@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from backbench.common.base.errors import UserError
 from torch import Tensor
+
+from backbench.common.base.errors import UserError
 
 CAFFE = {  # Caffe's ResNets and their heirs: BGR, 0 to 255 less the mean, stride in the 1×1 convolution
     "mean": (122.7717 / 255, 115.9465 / 255, 102.9801 / 255),

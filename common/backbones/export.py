@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from backbench.common.backbones.load import FORMAT, load_backbone, load_classifier
 from backbench.common.backbones.resnet import ARCHS, Classifier
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import make_folder, write_atomic, write_json
-from torch import Tensor, nn
 
 TARGETS = ("torchvision", "timm", "safetensors", "onnx")
 PLAIN = (str, int, float, list)  # facts that go along

@@ -8,10 +8,11 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from backbench.common.backbones.network_choice import ROLES, choose, display, root, shown
 from backbench.common.backbones.resnet import ARCHS
 from backbench.common.base.errors import UserError
-from torch import Tensor
 
 BODY = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 # children of a ResNet in an nn.Sequential, as lightly and others cut it

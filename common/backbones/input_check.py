@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from backbench.common.backbones.resnet import STAGES, normalise
 from backbench.common.base.cache import cache_folder
 from backbench.common.base.files import digest, read_json, write_json
 from backbench.common.data.decode import Fit, read_rgb
 from backbench.common.data.types import hash_order
-from torch import Tensor, nn
 
 PROTOCOL = 2  # raise it when the meaning of a number below changes
 IMAGES, CHUNK, LARGEST = 64, 16, 224

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from backbench.common.backbones.checkpoint import read_checkpoint, tensors_of
 from backbench.common.backbones.declared import contradiction, declared_input
 from backbench.common.backbones.dialects import to_torchvision
@@ -18,7 +20,6 @@ from backbench.common.backbones.find_resnet import check_body, cifar_line, find_
 from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest, file_and_choice, write_atomic
-from torch import Tensor, nn
 
 FORMAT = "backbench-backbone-1"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's

@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 
 import torch
-from backbench.common.base.errors import UserError
 from torch import Tensor
+
+from backbench.common.base.errors import UserError
 
 AVERAGED = r"(^|_)ema|ema(_|$)|(^|_)swa(_|$)|shadow|averag|polyak"
 ROLES = {  # what a segment of a network's prefix says of it

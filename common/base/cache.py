@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest, read_json, write_atomic, write_json
 from backbench.common.base.locks import locked

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
 from backbench.common.base.errors import UserError, is_disk_full
 
 

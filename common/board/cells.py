@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from backbench.common.base.cache import cache_folder
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest, file_digest, read_json, write_npz

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+
 from backbench.common.board.cells import REPLICATES, Cell, Rescored, rescore_cells
 from backbench.common.board.columns import NO_TRANSFER, Column, deviations, make_columns, place
 from backbench.common.board.paper import METHODS, PaperValue, reference

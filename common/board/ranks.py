@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
+from scipy.stats import rankdata
+
 from backbench.common.base.files import digest
 from backbench.common.board.statistics import CONFIDENCE, finite
 from backbench.common.board.strata import Sample, Stratum, strata
-from scipy.stats import rankdata
 
 Noise = Callable[
     [Stratum, int], np.ndarray

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
+
 from backbench.common.board.strata import (
     IMAGES,
     LEVELS,
@@ -27,7 +29,6 @@ from backbench.common.board.strata import (
     run_by_run,
     strata,
 )
-from scipy.special import stdtr, stdtrit
 
 CONFIDENCE, POWER = 0.95, 0.8
 MOST_SEEDS = 1000  # beyond, "seeds needed" says that seeds alone do not do

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.recipe import Recipe, knob
 from backbench.common.data.colour import colour_jitter, lighting
 from backbench.common.data.decode import BACKENDS, Fit, decode_all, resize
 from backbench.common.data.short_sides import short_sides
 from backbench.common.data.types import ImageSet
-from torch import Tensor
-from torch.nn import functional as F
 
 SQUARES = (
     8 << 30

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from torch import Tensor, nn
+
 from backbench.common.base.errors import UserError
 from backbench.common.classify.mixing import Pairing
-from torch import Tensor, nn
 
 
 def plain_network(model: nn.Module) -> nn.Module:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.recipe import Recipe, knob
-from torch import Tensor
 
 PAIR_MIXERS = ("mixup", "cutmix", "manifold_mixup", "feature_cutmix")  # one of them a batch
 MIXING = ("baseline", "cutout", *PAIR_MIXERS, "label_smoothing")  # what any classifier's training can use

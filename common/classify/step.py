@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from backbench.common.backbones.resnet import normalise
 from backbench.common.base.progress import progress
 from backbench.common.base.recipe import knob
@@ -22,8 +25,6 @@ from backbench.common.classify.mixing import (
 )
 from backbench.common.engine import autocast
 from backbench.common.engine.loop import Step
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.data.decode import read_headers
 from backbench.common.data.layout import Report

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from PIL import Image
+
 from backbench.common.base.cache import remember
 from backbench.common.base.errors import UserError
 from backbench.common.data.decode import threaded
 from backbench.common.data.image_file import DamagedImage, with_image
-from PIL import Image
 
 # a JPEG ends with EOI, a PNG with IEND; a few cameras and editors append bytes, so the tail is searched
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}

@@ -9,12 +9,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
+from PIL import Image
+
 from backbench.common.base.cache import cached_array, files_state, need_space, remember
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest
 from backbench.common.base.progress import progress
 from backbench.common.data.image_file import DamagedImage, exif_orientation, with_image
-from PIL import Image
 
 ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
 JPEG_END, TAIL = b"\xff\xd9", 64  # a few cameras and editors append bytes, so the tail is searched

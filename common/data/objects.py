@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.data.fingerprint import fingerprint
 from backbench.common.data.layout import Report

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import write_atomic
 from backbench.common.data.check import check_images
 from backbench.common.data.decode import resize
 from backbench.common.data.layout import Report, found, list_folder
-from PIL import Image
 
 
 def find_pictures(given: Sequence[Path]) -> list[Path]:

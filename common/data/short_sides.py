@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+
 from backbench.common.base.cache import cache_folder, cached_array, files_state, need_space
 from backbench.common.base.errors import UserError, is_disk_full
 from backbench.common.base.files import digest, read_json, write_json

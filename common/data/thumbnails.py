@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from backbench.common.base.files import make_folder, write_npz
 from backbench.common.data.decode import read_rgb, resize
 from backbench.common.data.types import hash_order
-from PIL import Image
 
 
 def write_thumbnails(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest
 from backbench.common.data.decode import read_rgb

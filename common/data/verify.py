@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.progress import progress
 from backbench.common.data import published, read_parts

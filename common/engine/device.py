@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbench.common.base.errors import UserError
-from backbench.common.engine.torchrun import join, launch
 from torch import distributed as dist
 from torch import nn
+
+from backbench.common.base.errors import UserError
+from backbench.common.engine.torchrun import join, launch
 
 
 def pick_device(name: str | None = None) -> torch.device:

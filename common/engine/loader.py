@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
 from backbench.common.base.errors import Interrupted, UserError
 from backbench.common.base.processes import die_with
 from backbench.common.engine.streams import Order, Streams
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what asks a training to save and stop
 

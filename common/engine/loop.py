@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.progress import progress
 from backbench.common.base.recipe import Recipe
@@ -39,8 +42,6 @@ from backbench.common.engine.loader import (
 from backbench.common.engine.optim import make_optimizer, make_schedulers, wrap
 from backbench.common.engine.state import Best, Log, read_state, write_state
 from backbench.common.engine.streams import StepStreams
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 Step = Callable[[nn.Module, dict[str, Any], np.random.Generator], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], dict[str, float]]

@@ -9,11 +9,12 @@ import warnings
 from typing import Any
 
 import torch
+from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, MultiStepLR, OptimWrapper
+from torch import nn
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.recipe import Recipe
 from backbench.common.engine.device import resolve_precision
-from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, MultiStepLR, OptimWrapper
-from torch import nn
 
 
 def make_optimizer(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import write_atomic
-from torch import nn
 
 
 def read_state(path: Path, key: str, device: torch.device | str, mmap: bool = False) -> dict[str, Any] | None:

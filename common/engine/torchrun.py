@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import distributed as dist
+
 from backbench.common.base.errors import UserError
 from backbench.common.base.processes import PARENT, die_with
-from torch import distributed as dist
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = "unset WORLD_SIZE for one process, or start several with torchrun"

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from backbench.common.base.progress import progress
 from tqdm import tqdm
+
+from backbench.common.base.progress import progress
 
 
 class Display:

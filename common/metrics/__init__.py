@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
+
 from backbench.common.metrics import captions, classification, detection, localisation, robustness
 
 MODULES = {

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+
 from backbench.common.metrics.average_precision import (
     IGNORED,
     RIGHT,

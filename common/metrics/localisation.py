@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
 from backbench.common.metrics.classification import weighted_mean
 
 IOU_RIGHT = 0.5  # a box is right when its IoU with a true box is *above* this (paper, appendix B)

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from backbench.common.board.statistics import Difference, Score
 from markupsafe import Markup
+
+from backbench.common.board.statistics import Difference, Score
 
 KINDS = 8  # colours in the style sheet (Okabe and Ito's); further rows repeat them dashed
 BAR_WIDTH, BAR_HEIGHT = 132, 18

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+
 from backbench.common.base.files import read_json
 from backbench.common.board.cells import Cell
 from backbench.common.board.columns import Column
 from backbench.common.board.leaderboard import Board, Entry, Row, baseline_of
 from backbench.common.metrics.captions import per_image, rescore
 from backbench.common.report import charts
-from markupsafe import Markup
 
 Rows = Sequence[tuple[int, Row, Entry]]  # number of its colour, row, its cells there
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
 from backbench.common.board.cells import Cell
 from backbench.common.board.columns import Column
 from backbench.common.board.leaderboard import Board, Row
@@ -16,8 +19,6 @@ from backbench.common.data.types import hash_order
 from backbench.common.metrics.average_precision import IGNORED, RIGHT
 from backbench.common.metrics.captions import per_image
 from backbench.common.report.details import report_of
-from markupsafe import Markup
-from PIL import Image
 
 DISAGREED, DRAWN = 4, 4  # images a column: those the backbones disagree about most, and a fixed random choice
 MOST_BOXES = 6

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from backbench.common.base.files import write_text
 from backbench.common.board.cells import Cell
 from backbench.common.board.columns import TASKS, Column
@@ -28,7 +30,6 @@ from backbench.common.report.table import (
     summary,
 )
 from backbench.common.report.writing import board_latex, methods_latex, methods_markdown
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def write_report(cells: list[Cell], board: Board, path: Path | str) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock, Timeout
+
 from backbench.common.backbones.load import Backbone
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import (
@@ -43,7 +45,6 @@ from backbench.common.run.keys import (
     stage_inputs,
     stage_keys,
 )
-from filelock import BaseFileLock, Timeout
 
 SCHEMA = 1
 PATIENCE = 5.0  # seconds in which a killed process ends, and with it the hold on its folder

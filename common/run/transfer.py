@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from backbench.common.backbones.input_check import LARGEST, adoption_report
 from backbench.common.backbones.load import Backbone, load_backbone
 from backbench.common.base.errors import UserError

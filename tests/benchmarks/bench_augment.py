@@ -25,12 +25,13 @@ import backbench.common  # noqa: F401  first, before torch
 import cv2
 import numpy as np
 import torch
-from backbench.common.data import open_detection
-from backbench.common.data.decode import read_rgb
-from backbench.detection.augment import ssd_view
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from backbench.common.data import open_detection
+from backbench.common.data.decode import read_rgb
+from backbench.detection.augment import ssd_view
 
 MEAN = (123, 117, 104)
 

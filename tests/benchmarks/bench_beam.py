@@ -20,10 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from torch import Tensor
+
 from backbench.captioning.beam import Beam, beam_search
 from backbench.captioning.nic import NIC
 from backbench.captioning.vocabulary import END, PAD, START, UNK
-from torch import Tensor
 
 BANNED = [PAD, START, UNK]
 

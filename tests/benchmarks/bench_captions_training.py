@@ -26,6 +26,8 @@ import backbench.common  # noqa: F401  first, before torch
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
 from backbench.captioning.data import CaptionItems
 from backbench.captioning.finetune import step
 from backbench.captioning.nic import NIC
@@ -35,7 +37,6 @@ from backbench.common.backbones.resnet import Trunk, normalise
 from backbench.common.base.recipe import override
 from backbench.common.data.types import CaptionSet
 from backbench.common.engine import train
-from torch.nn.utils.rnn import pad_sequence
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

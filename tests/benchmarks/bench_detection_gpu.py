@@ -29,6 +29,16 @@ import backbench.common  # noqa: F401  first, before torch
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.transforms import v2
+
 from backbench.common.backbones.resnet import Trunk
 from backbench.common.data import open_detection
 from backbench.common.data.types import DetectionSet
@@ -39,15 +49,6 @@ from backbench.detection.data import TrainViews
 from backbench.detection.faster_rcnn import parameter_groups
 from backbench.detection.finetune import STEPS
 from backbench.detection.recipes import RECIPES
-from PIL import Image, ImageFilter
-from torch import nn
-from torchvision import tv_tensors
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.ssd import SSD
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

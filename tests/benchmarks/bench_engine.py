@@ -22,11 +22,12 @@ import backbench.common  # noqa: F401  first, before torch
 # isort: split
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from backbench.common.base.files import write_json
 from backbench.common.base.recipe import Recipe
 from backbench.common.engine import hardware, pick_device, train
-from torch import nn
-from torch.nn import functional as F
 
 RECIPE = Recipe(iterations=300, batch=64, lr=0.01, schedule="one_cycle", precision="fp32", save_every=1e9)
 

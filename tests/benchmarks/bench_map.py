@@ -21,6 +21,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
+
 from backbench.common.base.files import write_json
 from backbench.common.metrics import average_precision, coco
 from backbench.common.metrics.average_precision import RECALLS, Boxes

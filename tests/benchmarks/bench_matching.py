@@ -22,9 +22,10 @@ import backbench.common  # noqa: F401  first, before torch
 
 import numpy as np
 import torch
+from torchvision.ops import box_iou, nms
+
 from backbench.detection.matching import corners, decode, encode, hard_negatives, match_priors, ssd300_priors
 from backbench.detection.ssd import detect
-from torchvision.ops import box_iou, nms
 
 
 def match_loop(boxes, labels, priors):

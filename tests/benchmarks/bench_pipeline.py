@@ -30,6 +30,9 @@ import backbench.common  # noqa: F401  first, before torch
 import cv2
 import numpy as np
 import torch
+from PIL import Image
+from torchvision import transforms as T
+
 from backbench.common.classify.crops import CropRecipe, TrainImages
 from backbench.common.data.colour import EIGENVALUES, EIGENVECTORS
 from backbench.common.data.decode import BACKENDS
@@ -37,8 +40,6 @@ from backbench.common.data.layout import EXTENSIONS
 from backbench.common.data.scenes import ensure_world
 from backbench.common.data.types import ImageSet
 from backbench.common.engine.streams import Streams
-from PIL import Image
-from torchvision import transforms as T
 
 BATCH = 32
 

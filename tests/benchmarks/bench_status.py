@@ -18,11 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from test_grid import finish, save
+
 from backbench.common.base.files import make_folder, write_json
 from backbench.common.grid.facts import Facts
 from backbench.common.grid.plan import Grid, name_group, plan_tasks
 from backbench.common.grid.plan_file import jobs_to_json, plan_file
-from test_grid import finish, save
 
 
 def main() -> None:

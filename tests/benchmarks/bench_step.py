@@ -24,13 +24,14 @@ import backbench.common  # noqa: F401  first, before torch
 # isort: split
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import resnet50
+
 from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.files import write_json
 from backbench.common.classify.step import ClassifyRecipe, make_step
 from backbench.common.engine import hardware, pick_device, read_log, resolve_precision, train
-from torch import nn
-from torch.nn import functional as F
-from torchvision.models import resnet50
 
 LR = 0.001  # so small that losses can be compared: a large first step blows up rounding
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

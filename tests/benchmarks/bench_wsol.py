@@ -24,6 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import cv2
 import numpy as np
+
 from backbench.common.base.files import write_json
 from backbench.wsol.boxes import boxes_from_maps
 from backbench.wsol.cam import load_maps
@@ -149,9 +150,10 @@ def same_sweeps(loops: list[tuple[list, list]], ours: list[Sweep]) -> bool:
 def train_figures(device: str, batch: int, rounds: int) -> dict[str, float | int | str]:
     """Images a second of ResNet-50 training steps at 224, bf16, NHWC: layer4 at stride 1, and as it was."""
     import torch
+    from torch.nn import functional as F
+
     from backbench.common.backbones.resnet import Classifier, Trunk
     from backbench.wsol.model import wsol_model
-    from torch.nn import functional as F
 
     models = {"stride 2": Classifier(Trunk("resnet50"), 200), "stride 1": wsol_model(Trunk("resnet50"), 200)}
     images = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=torch.channels_last)

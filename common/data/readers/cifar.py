@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from backbench.common.base.cache import remember
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import digest

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.data.boxes import pixel_shares
 from backbench.common.data.fingerprint import fingerprint

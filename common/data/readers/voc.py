@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+
 from backbench.common.base.cache import remember
 from backbench.common.base.errors import UserError
 from backbench.common.data.decode import read_headers, threaded

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+
 from backbench.common.data.scenes.draw import COLOURS, SETTINGS, Scene, Seen, Thing, render
 from backbench.common.data.scenes.shapes import CLASSES
 

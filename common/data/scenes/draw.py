@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
+
 from backbench.common.data.scenes.shapes import KINDS, REACH, disc
 
 # RGB. A named colour is jittered a little for every object, and has nothing to do with the object's kind.

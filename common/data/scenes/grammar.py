@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+
 from backbench.common.data.scenes.compose import BIG, SMALL
 from backbench.common.data.scenes.draw import Scene, Seen, Thing
 

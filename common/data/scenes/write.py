@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+
 from backbench.common.base.errors import UserError
 from backbench.common.data.scenes.compose import group, portrait
 from backbench.common.data.scenes.draw import Scene, Seen
