@@ -1,5 +1,6 @@
-"""The folders of a checkout as the package `backbench`, which a wheel has by itself."""
+"""The folders of a checkout as the package `backbench`; open to packages of others, as a wheel's is."""
 
 from pathlib import Path
+from pkgutil import extend_path
 
-__path__ = [str(Path(__file__).resolve().parent)]
+__path__ = extend_path([str(Path(__file__).resolve().parent)], __name__)

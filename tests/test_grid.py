@@ -68,8 +68,8 @@ def forget_gpus():
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A maker of jobs that run a fake task: fake(name, how, …)."""
-    (tmp_path / "faketask").mkdir()
-    (tmp_path / "faketask" / "cell.py").write_text(FAKE)
+    (tmp_path / "backbench" / "faketask").mkdir(parents=True)
+    (tmp_path / "backbench" / "faketask" / "cell.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 

@@ -159,8 +159,8 @@ if how == "writes":
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Makes jobs of a task that does what it is told; see FAKE."""
-    (tmp_path / "faketask").mkdir()
-    (tmp_path / "faketask" / "cell.py").write_text(FAKE)
+    (tmp_path / "backbench" / "faketask").mkdir(parents=True)
+    (tmp_path / "backbench" / "faketask" / "cell.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def make(name, how, **more):

@@ -5,6 +5,7 @@ set -euo pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 host=$(hostname -s)
 cpus=$(nproc)
+free_port() { python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 chmod 755 "$folder"
 mkdir -p "$folder"/{state,spool,munge}
 
@@ -16,8 +17,8 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CryptoType=crypto/munge
-SlurmctldPort=26817
-SlurmdPort=26818
+SlurmctldPort=$(free_port)
+SlurmdPort=$(free_port)
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
 SlurmctldPidFile=$folder/slurmctld.pid
@@ -59,5 +60,5 @@ for _ in $(seq 60); do
   sinfo -h -o %T 2>/dev/null | grep -q '^idle' && break
   sleep 0.5
 done
-sinfo -h -o %T | grep -q '^idle' || { tail -20 "$folder"/slurm*.log >&2; exit 1; }
+sinfo -h -o %T | grep -q '^idle' || { tail -n 20 "$folder"/slurm*.log >&2; exit 1; }
 echo "$SLURM_CONF"
