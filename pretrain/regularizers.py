@@ -17,7 +17,7 @@ from torchvision.ops import stochastic_depth
 from backbench.common.base.errors import UserError
 from backbench.common.base.recipe import knob
 from backbench.common.classify.feature_mixing import plain_network
-from backbench.common.classify.mixing import ALL_METHODS, REGULARIZERS, parse_method
+from backbench.common.classify.mixing import METHODS, parse_method
 from backbench.common.classify.step import ClassifyRecipe
 from backbench.common.engine.loop import Step
 
@@ -28,7 +28,7 @@ BLOCK_STAGES = ("layer1", "layer2", "layer3", "layer4")  # a CIFAR network has n
 class RegularizedRecipe(ClassifyRecipe):
     """A classifier's recipe whose method may also name what acts inside the network."""
 
-    allowed = ALL_METHODS
+    network_methods = True
 
     stochdepth: float = knob(
         0.25, "drop rate of the last residual branch; that of the l-th of L is l/L of it (linear: I)", "P"
@@ -191,7 +191,7 @@ def install(model: nn.Module, recipe: RegularizedRecipe) -> Regularizers:
     """
     names = parse_method(recipe.method)
     made = Regularizers("dropblock" in names and recipe.dropblock_schedule == "linear")
-    if not set(REGULARIZERS) & set(names):
+    if not any(METHODS[name].kind == "network" for name in names):
         return made
     blocks = residual_blocks(model)
     last_stages = sorted({stage for stage, _, _ in blocks})[-recipe.dropblock_stages :]

@@ -33,7 +33,7 @@ from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.files import write_npz
 from backbench.common.base.recipe import engine_options, label, override, parser, to_json
 from backbench.common.classify.crops import TrainImages, test_images
-from backbench.common.classify.mixing import ALL_METHODS
+from backbench.common.classify.mixing import METHODS
 from backbench.common.classify.step import make_step, predict_logits
 from backbench.common.data import open_classification
 from backbench.common.data.types import ImageSet
@@ -120,7 +120,7 @@ def arguments():
     made.add_argument(
         "--method",
         default="baseline",
-        help=f"one of {', '.join(ALL_METHODS)}, or a sum such as cutout+mixup (default: baseline)",
+        help=f"one of {', '.join(METHODS)}, or a sum such as cutout+mixup (default: baseline)",
     )
     made.add_argument(
         "--arch",

@@ -13,7 +13,7 @@ from backbench.common.backbones.resnet import Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.classify.feature_mixing import StageMixer, plain_network
 from backbench.common.classify.mixing import (
-    MIX_LAYERS,
+    METHODS,
     STAGES,
     MixingRecipe,
     Pairing,
@@ -197,7 +197,7 @@ def test_the_layers_are_drawn_from_the_methods_own(method):
                 assert torch.equal(mixed, images) and torch.equal(targets, torch.eye(4))
             seen.add((bool(fields), 0 if draw is None else STAGES.index(draw.stage)))
     assert {layer for own, layer in seen if own} == {1, 4}
-    assert {layer for own, layer in seen if not own} == set(MIX_LAYERS[method])
+    assert {layer for own, layer in seen if not own} == set(METHODS[method].layers)
 
 
 def batch(count=6, side=32, **more):
@@ -210,11 +210,11 @@ def recipe(method, **fields):
     return ClassifyRecipe(method=method, epochs=1, batch=6, size=32, resize=32, **fields)
 
 
-METHODS = ["baseline", "cutout+mixup", "cutmix", "cutout+manifold_mixup", "feature_cutmix+label_smoothing"]
+SUMS = ["baseline", "cutout+mixup", "cutmix", "cutout+manifold_mixup", "feature_cutmix+label_smoothing"]
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SUMS)
 def test_steps_repeat_by_seed_and_learn_from_mixed_labels(network, method, per_sample):
     network.train()
     step = make_step(recipe(method, per_sample=per_sample), 4, MEAN, STD)
@@ -267,7 +267,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SUMS)
 def test_no_step_looks_at_a_tensors_value(network, method, per_sample):
     network.train()
     step = make_step(recipe(method, per_sample=per_sample), 4, MEAN, STD)
@@ -279,7 +279,7 @@ def test_no_step_looks_at_a_tensors_value(network, method, per_sample):
         assert reads.count == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SUMS)
 def test_steps_in_bf16_mix_by_the_labels_lambda(network, method):
     network.train()
     step = make_step(recipe(method, channels_last=True), 4, MEAN, STD)

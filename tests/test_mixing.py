@@ -11,7 +11,8 @@ from torchvision.transforms import v2
 
 from backbench.common.base.errors import UserError
 from backbench.common.classify.mixing import (
-    ALL_METHODS,
+    METHODS,
+    Method,
     MixingRecipe,
     box_mask,
     box_share,
@@ -25,6 +26,7 @@ from backbench.common.classify.mixing import (
     one_hot,
     parse_method,
 )
+from backbench.pretrain.run import main
 
 
 def boxes(width, height, draws, alpha=1.0, seed=0):
@@ -180,7 +182,7 @@ def test_single_methods_draw_what_the_published_demo_drew(method):
 def test_one_spelling_of_a_sum():
     assert parse_method("mixup+cutout") == ("cutout", "mixup")
     assert MixingRecipe(method="label_smoothing+cutmix").method == "cutmix+label_smoothing"
-    for method in ("cutout+manifold_mixup", "dropblock+label_smoothing", "cutmix+shakedrop", *ALL_METHODS):
+    for method in ("cutout+manifold_mixup", "dropblock+label_smoothing", "cutmix+shakedrop", *METHODS):
         assert "+".join(parse_method(method)) == method
 
 
@@ -213,7 +215,7 @@ def test_methods_that_are_refused(method, what):
         ({"method": "feature_cutmix", "batch": 4, "micro_batch": 1}, "feature_cutmix mixes pairs"),
         ({"cutmix_variant": "one_hot", "method": "mixup"}, "cutmix_variant=one_hot is CutMix's"),
         ({"cutmix_variant": "big", "method": "cutmix"}, "choose one of standard, fixed_size"),
-        ({"mix_layers": (1,), "method": "cutmix"}, "mix_layers belongs to feature_cutmix and manifold_mixup"),
+        ({"mix_layers": (1,), "method": "cutmix"}, "mix_layers belongs to manifold_mixup and feature_cutmix"),
         ({"mix_layers": (2, 5), "method": "manifold_mixup"}, "mix_layers=2,5, choose among 0 image, 1 bn1"),
     ],
 )
@@ -398,3 +400,17 @@ def test_mixed_images_stay_channels_last():
         *(cutmix(images, other, (1, 1, 3, 4)), cutmix(images, other, boxes)),
     ):
         assert mixed.is_contiguous(memory_format=torch.channels_last) and mixed.dtype == images.dtype
+
+
+def test_a_method_is_one_line_of_the_table(monkeypatch, tmp_path):
+    """A method that changes each image, added by its line alone, trains through the command that users call."""
+    seen = []
+
+    def negative(images, recipe, rng):
+        seen.append(len(images))
+        return -images
+
+    monkeypatch.setitem(METHODS, "negative", Method("image", negative))
+    options = ["--recipe", "smoke", "--arch", "resnet18_half", "--set", "epochs=0", "--set", "iterations=2"]
+    main(["--method", "mixup+negative", *options, "--limit", "24", "--out", str(tmp_path)])
+    assert seen == [seen[0]] * 2 and (tmp_path / "mixup+negative.pt").exists()

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 from backbench.common.backbones.load import IMAGENET_MEAN, IMAGENET_STD, load_backbone, load_classifier
 from backbench.common.base.errors import UserError, run_main
 from backbench.common.classify.crops import random_resized_crop
-from backbench.common.classify.mixing import ALL_METHODS
+from backbench.common.classify.mixing import METHODS as KNOWN
 from backbench.common.data.types import ImageSet
 from backbench.pretrain import evaluate, report
 from backbench.pretrain.class_order import match_classes
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--recipe", "smoke", "--set", "iterations=4"]
 
 
-METHODS = [*ALL_METHODS, "cutout+mixup", "cutout+manifold_mixup", "cutout+label_smoothing"]
+METHODS = [*KNOWN, "cutout+mixup", "cutout+manifold_mixup", "cutout+label_smoothing"]
 METHODS += ["dropblock+label_smoothing", "cutmix+shakedrop"]
 
 

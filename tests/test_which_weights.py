@@ -5,9 +5,10 @@ from argparse import Namespace
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from backbench.common.backbones.load import body_fingerprint, load_backbone, load_classifier, save_backbone
-from backbench.common.backbones.resnet import Classifier, Trunk
+from backbench.common.backbones.resnet import ARCHS, Classifier, Trunk
 from backbench.common.base.errors import UserError
 from backbench.common.base.files import file_and_choice
 
@@ -501,3 +502,22 @@ def test_this_projects_own_files_are_as_they_were(state, tmp_path):
     backbone = load_backbone(str(tmp_path / "x.pt"))
     assert backbone.fingerprint == fingerprint(state) and backbone.name == "cutmix"
     assert "left out 2 keys that are no body: fc.bias, fc.weight" in backbone.report
+
+
+def test_a_network_is_one_line_of_the_table(monkeypatch, tmp_path):
+    """A wider ResNet is refused as what it is, and with its line in the table loads with equal features."""
+    model = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=128).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.fill_(0.1)
+    path = tmp_path / "wide.pth"
+    torch.save(model.state_dict(), path)
+    with pytest.raises(UserError, match="groups 1 of 128"):
+        load_backbone(str(path))
+    monkeypatch.setitem(ARCHS, "wide", (Bottleneck, (1, 1, 1, 1), 64, 1, 128))
+    backbone = load_backbone(str(path))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model.avgpool, model.fc = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        assert backbone.arch == "wide"
+        assert torch.equal(backbone.trunk.eval()(images).flatten(1), model(images))

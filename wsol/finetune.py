@@ -29,7 +29,7 @@ from backbench.common.base.errors import UserError, run_main
 from backbench.common.base.progress import progress
 from backbench.common.base.recipe import engine_options, override
 from backbench.common.classify.crops import SQUARES, TrainImages
-from backbench.common.classify.mixing import MIXING, canonical_method
+from backbench.common.classify.mixing import canonical_method, for_any_classifier
 from backbench.common.classify.step import make_step
 from backbench.common.data import open_localisation
 from backbench.common.data.decode import Fit, centre_crop, decode_all
@@ -104,8 +104,8 @@ def arguments() -> argparse.ArgumentParser:
         "--method",
         type=lambda text: text if text == OWN else canonical_method(text),
         metavar="METHOD",
-        help=f"how batches are mixed in this training: a sum of {', '.join(MIXING)}; or own: as the backbone was "
-        "pretrained, what the paper did (default: the recipe's, baseline)",
+        help=f"how batches are mixed in this training: a sum of {', '.join(for_any_classifier())}; or own: "
+        "as the backbone was pretrained, what the paper did (default: the recipe's, baseline)",
     )
     return made
 
@@ -120,7 +120,7 @@ def own_method(args: argparse.Namespace) -> str:
     except UserError:
         raise UserError(
             f"--method own: {args.backbone} does not say what it was pretrained with (found '{backbone.method}'); "
-            f"give one of {', '.join(MIXING)}"
+            f"give one of {', '.join(for_any_classifier())}"
         ) from None
 
 

@@ -4,6 +4,7 @@ CutMix paper (arXiv 1905.04899) section 3.1; the box formula from the published 
 factors W and H). Labels are soft targets (N, C): cross-entropy with them equals λ·CE(a) + (1−λ)·CE(b).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,42 @@ from torch import Tensor
 from backbench.common.base.errors import UserError
 from backbench.common.base.recipe import Recipe, knob
 
-PAIR_MIXERS = ("mixup", "cutmix", "manifold_mixup", "feature_cutmix")  # one of them a batch
-MIXING = ("baseline", "cutout", *PAIR_MIXERS, "label_smoothing")  # what any classifier's training can use
-REGULARIZERS = ("stochdepth", "dropblock", "shakedrop")  # noise in the network: pretraining only
-ALL_METHODS = ("baseline", "cutout", *PAIR_MIXERS, "stochdepth", "dropblock", "label_smoothing", "shakedrop")
+
+@dataclass(frozen=True)
+class Method:
+    """One method of training a classifier: where it acts, and the function where it acts on each image.
+
+    `kind`: none, image, label, pairs (mixes pairs of images; one of them per batch) or network (noise inside it:
+    pretraining only). `image`: (normalised images (N, C, H, W), recipe, random stream) → images. `layers`: where a
+    method that mixes features does so, as `mix_layers` counts, unless the recipe says.
+    """
+
+    kind: str
+    image: Callable[[Tensor, "MixingRecipe", np.random.Generator], Tensor] | None = None
+    layers: tuple[int, ...] = ()
+
+
+def cutout_batch(images: Tensor, recipe: "MixingRecipe", rng: np.random.Generator) -> Tensor:
+    """Cutout at a uniform centre per image."""
+    height, width = images.shape[2:]
+    centres = np.stack([rng.integers(width, size=len(images)), rng.integers(height, size=len(images))], 1)
+    return cutout(images, _to(centres, images), round(recipe.cutout_share * width))
+
+
+METHODS = {  # in the order in which a sum is written
+    "baseline": Method("none"),
+    "cutout": Method("image", cutout_batch),
+    "mixup": Method("pairs"),
+    "cutmix": Method("pairs"),
+    "manifold_mixup": Method(
+        "pairs", layers=(0, 2, 3)
+    ),  # X: its authors' code draws among input, first and second stage
+    "feature_cutmix": Method("pairs", layers=(0, 1, 2, 3, 4)),  # P: all that figure 3 shows
+    "stochdepth": Method("network"),
+    "dropblock": Method("network"),
+    "label_smoothing": Method("label"),
+    "shakedrop": Method("network"),
+}
 VARIANTS = (
     "standard",
     "fixed_size",
@@ -26,10 +59,6 @@ VARIANTS = (
     "complete_label",
 )  # paper's table 8
 STAGES = ("image", "bn1", "layer1", "layer2", "layer3")  # what `mix_layers` counts: the paper's 0 … 4
-MIX_LAYERS = {
-    "feature_cutmix": (0, 1, 2, 3, 4),  # P: all that figure 3 shows
-    "manifold_mixup": (0, 2, 3),  # X: its authors' code draws among input, first and second stage
-}
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1, half-open
 
 
@@ -40,18 +69,23 @@ def parse_method(text: str) -> tuple[str, ...]:
     """
     names = text.split("+")
     for name in names:
-        if name not in ALL_METHODS:
+        if name not in METHODS:
             raise UserError(
-                f"method {text!r}: no method {name!r}; use one of {', '.join(ALL_METHODS)}, or a sum like cutout+mixup"
+                f"method {text!r}: no method {name!r}; use one of {', '.join(METHODS)}, or a sum like cutout+mixup"
             )
         if names.count(name) > 1:
             raise UserError(f"method {text!r}: {name} is given twice")
     if "baseline" in names and len(names) > 1:
         raise UserError(f"method {text!r}: baseline is nothing to add to; leave it out")
-    pairs = [name for name in PAIR_MIXERS if name in names]
+    pairs = [name for name in METHODS if name in names and METHODS[name].kind == "pairs"]
     if len(pairs) > 1:
         raise UserError(f"method {text!r}: {' and '.join(pairs)} both mix pairs, one batch takes one of them")
-    return tuple(sorted(names, key=ALL_METHODS.index))
+    return tuple(sorted(names, key=list(METHODS).index))
+
+
+def for_any_classifier() -> list[str]:
+    """The methods that every classifier's training can use: those that leave the network as it is."""
+    return [name for name, method in METHODS.items() if method.kind != "network"]
 
 
 def canonical_method(text: str) -> str:
@@ -61,16 +95,16 @@ def canonical_method(text: str) -> str:
 
 def pair_mixer(method: str) -> str | None:
     """The one part of a method that mixes pairs of images."""
-    return next((name for name in parse_method(method) if name in PAIR_MIXERS), None)
+    return next((name for name in parse_method(method) if METHODS[name].kind == "pairs"), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingRecipe(Recipe):
     """How training images and labels are mixed."""
 
-    allowed = MIXING  # the methods of this kind of training; no field
+    network_methods = False  # whether its training has the methods inside the network; no field
 
-    method: str = knob("baseline", f"a sum of {', '.join(MIXING)}, e.g. cutout+mixup", "P")
+    method: str = knob("baseline", f"a sum of {', '.join(for_any_classifier())}, e.g. cutout+mixup", "P")
     alpha: float = knob(1.0, "λ ~ Beta(alpha, alpha) of everything that mixes pairs", "P")
     probability: float = knob(
         1.0, "share of batches whose pairs are mixed: 1 for ImageNet and WSOL, .5 for CIFAR", "C, A"
@@ -104,9 +138,10 @@ class MixingRecipe(Recipe):
         super().check()
         names, pair = parse_method(self.method), pair_mixer(self.method)
         for name in names:
-            if name not in self.allowed:
+            if METHODS[name].kind == "network" and not self.network_methods:
                 raise UserError(
-                    f"recipe: method={self.method}: {name} is for pretraining only; here use {', '.join(self.allowed)}"
+                    f"recipe: method={self.method}: {name} is for pretraining only; "
+                    f"here use {', '.join(for_any_classifier())}"
                 )
         if not self.alpha > 0:
             raise UserError(f"recipe: alpha={self.alpha}, it must be above 0")
@@ -124,9 +159,10 @@ class MixingRecipe(Recipe):
             raise UserError(
                 f"recipe: cutmix_variant={self.cutmix_variant} is CutMix's, method={self.method} has none"
             )
-        if self.mix_layers and pair not in MIX_LAYERS:
+        if self.mix_layers and not (pair and METHODS[pair].layers):
+            layered = [name for name, method in METHODS.items() if method.layers]
             raise UserError(
-                f"recipe: mix_layers belongs to {' and '.join(MIX_LAYERS)}, not to method={self.method}"
+                f"recipe: mix_layers belongs to {' and '.join(layered)}, not to method={self.method}"
             )
         if not set(self.mix_layers) <= set(range(len(STAGES))):
             raise UserError(
@@ -256,25 +292,24 @@ def mix(
     rng: np.random.Generator,
     progress: float | None = None,
 ) -> tuple[Tensor, Tensor, Pairing | None]:
-    """Sample what `mixing` needs for one micro-batch and apply it: Cutout first, then what mixes pairs.
+    """Sample what `mixing` needs for a micro-batch and apply it: first what changes each image, then what mixes pairs.
 
     Normalised images (N, C, H, W) and integer labels (N,) → images, soft targets (N, classes), and the Pairing that
     is still to be applied to the features of its stage (`feature_mixing`), else None. The draws are made on the CPU,
     so that no step waits for the device. `progress` is the part of the training that is done, in [0, 1).
     """
     targets, pair = one_hot(labels, classes), pair_mixer(mixing.method)
-    cut = "cutout" in parse_method(mixing.method)
-    if not cut and pair is None:
+    changes = [change for name in parse_method(mixing.method) if (change := METHODS[name].image)]
+    if not changes and pair is None:
         return images, targets, None
     chance = rng.random(len(images) if mixing.per_sample and pair else None)
     mixed = chance < _probability(mixing, progress)
     height, width = images.shape[2:]
-    if cut:
-        centres = np.stack([rng.integers(width, size=len(images)), rng.integers(height, size=len(images))], 1)
-        images = cutout(images, _to(centres, images), round(mixing.cutout_share * width))
+    for change in changes:
+        images = change(images, mixing, rng)
     if pair is None or not np.any(mixed):
         return images, targets, None
-    if mixing.per_sample or pair in MIX_LAYERS:
+    if mixing.per_sample or METHODS[pair].layers:
         pairing = _draw_pairing(pair, mixing, mixed, images, rng)
         if pairing.stage != "image":
             return images, targets, pairing
@@ -318,7 +353,7 @@ def _draw_pairing(
     count = len(images) if mixing.per_sample else 1
     lam = np.where(mixed, _draw_lam(mixing, rng, count), 1.0)
     permutation = rng.permutation(len(images))
-    layers, centres = mixing.mix_layers or MIX_LAYERS.get(pair, (0,)), None
+    layers, centres = mixing.mix_layers or METHODS[pair].layers or (0,), None
     stage = STAGES[layers[rng.integers(len(layers))]]
     if "cutmix" in pair:
         gaussian = mixing.cutmix_variant == "centre_gaussian"

@@ -15,7 +15,7 @@ from backbench.common.base.recipe import knob
 from backbench.common.classify.crops import CropRecipe
 from backbench.common.classify.feature_mixing import StageMixer
 from backbench.common.classify.mixing import (
-    MIX_LAYERS,
+    METHODS,
     STAGES,
     MixingRecipe,
     mix,
@@ -42,7 +42,8 @@ def make_step(recipe: ClassifyRecipe, classes: int, mean: Iterable[float], std: 
     """
     mean, std = tuple(mean), tuple(std)
     smoothing = recipe.label_smoothing if "label_smoothing" in parse_method(recipe.method) else 0.0
-    layers = recipe.mix_layers or MIX_LAYERS.get(pair_mixer(recipe.method), ())
+    pair = pair_mixer(recipe.method)
+    layers = recipe.mix_layers or (METHODS[pair].layers if pair else ())
     mixer = StageMixer(STAGES[layer] for layer in layers)
 
     def step(model: nn.Module, batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
