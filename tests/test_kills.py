@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from backbench.common.base.errors import Interrupted
 from backbench.common.engine import read_log
+from backbench.common.engine.loader import watched
 
 ROOT = Path(__file__).resolve().parents[1]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the system ends children with their parent")
@@ -121,3 +123,13 @@ def test_a_killed_loader_process_is_one_line_and_may_be_tried_again(tmp_path):
     assert (
         last.startswith("error: a loader process (pid ") and "run the same command again to continue" in last
     )
+
+
+def test_a_killed_loader_is_told_though_another_error_hides_it():
+    """torch raises in the middle of whatever runs; saving then fails for a reason of its own."""
+    killed = "DataLoader worker (pid 12) is killed by signal: Killed. "
+    with pytest.raises(Interrupted, match="a loader process \\(pid 12\\) was ended \\(Killed"), watched():
+        try:
+            raise RuntimeError(killed)
+        except RuntimeError:
+            raise OSError("unexpected position in the file")  # noqa: B904

@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from backbench.common.base.console import close_streams, open_streams
 
@@ -50,11 +50,14 @@ def _call(main: Callable[[], int | None]) -> int:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it hides (torch.save's own hides it), is that of a full disk or quota."""
+    return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in with_hidden(error))
+
+
+def with_hidden(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from or while handling."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _say(line: str, code: int = 2) -> int:

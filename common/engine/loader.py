@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from backbench.common.base.errors import Interrupted, UserError
+from backbench.common.base.errors import Interrupted, UserError, with_hidden
 from backbench.common.base.processes import die_with
 from backbench.common.engine.streams import Order, Streams
 
@@ -107,10 +107,10 @@ def watched() -> Iterator[None]:
     """Raise Interrupted in place of torch's error when a loader process was killed."""
     try:
         yield
-    except RuntimeError as error:
-        found = re.match(
-            r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is killed by signal: ([\w ]+))?", str(error)
-        )
+    except Exception as error:
+        # torch raises it wherever the training is, in the middle of saving too, whose own error then hides it
+        pattern = r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is killed by signal: ([\w ]+))?"
+        found = next(filter(None, (re.match(pattern, str(one)) for one in with_hidden(error))), None)
         if not found:
             raise
         raise Interrupted(
